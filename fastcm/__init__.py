@@ -1,0 +1,30 @@
+"""Training, distilling and sampling few-step generative models."""
+
+from fastcm import losses as losses
+from fastcm import networks as networks
+from fastcm import ops as ops
+from fastcm import rng as rng
+from fastcm import schedules as schedules
+from fastcm.checkpoint import CheckpointError as CheckpointError
+from fastcm.data import Dataset as Dataset
+from fastcm.ema import EMA as EMA
+from fastcm.ema import CurriculumEMA as CurriculumEMA
+from fastcm.ema import PowerEMA as PowerEMA
+from fastcm.objectives import Batch as Batch
+from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation
+from fastcm.objectives import ConsistencyTraining as ConsistencyTraining
+from fastcm.objectives import FlowMatching as FlowMatching
+from fastcm.objectives import Loss as Loss
+from fastcm.parameterization import Parameterization as Parameterization
+from fastcm.parameterization import Rescaled as Rescaled
+from fastcm.paths import Linear as Linear
+from fastcm.paths import TrigFlow as TrigFlow
+from fastcm.paths import VarianceExploding as VarianceExploding
+from fastcm.paths import VariancePreserving as VariancePreserving
+from fastcm.rng import NoiseKey as NoiseKey
+from fastcm.sampling import Sampler as Sampler
+from fastcm.training import NonFiniteError as NonFiniteError
+from fastcm.training import Trainer as Trainer
+from fastcm.training import warmup_cosine as warmup_cosine
+
+__version__ = "0.1.0"

@@ -1,0 +1,215 @@
+"""The sources of batches that training draws from.
+
+A `Source` answers ``draw(step, batch_size)``: `DeviceData` by a permutation that is a pure
+function of (seed, epoch), so that a resumed, re-batched or distributed run sees the same rows;
+`IterableData` by reading a loader in its own order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcm import rng
+from fastcm.datasets import Dataset as Dataset
+from fastcm.datasets import array_file as array_file
+from fastcm.datasets import as_condition, as_samples
+from fastcm.datasets import digits as digits
+from fastcm.datasets import image_folder as image_folder
+from fastcm.datasets import load as load
+from fastcm.datasets import to_unit as to_unit
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a training step gets its batch from."""
+
+    def draw(self, step: int, batch_size: int) -> Batch:
+        """The batch ``(x, cond)`` of a step; x is uint8 or float32 ``[batch_size, ...]``."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """JSON-able: what must agree for a run to be resumed."""
+        ...
+
+
+class DeviceData:
+    """A data set resident on a device, each epoch a fresh permutation of all its rows.
+
+    The stream of rows is a pure function of the seed: position p holds row
+    ``permutation(p // N)[p % N]``, at any batch size and on any device.
+
+    Args:
+        dataset: the data; moved to `device`.
+        seed: of the permutations.
+        device: where the data lives and the batches are gathered.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, device: torch.device | str) -> None:
+        self.dataset = dataset.to(device)
+        self._key = rng.NoiseKey(seed, device=device)
+        self._permutations: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of the rows in an epoch: int64 ``[N]``."""
+        if epoch not in self._permutations:
+            self._key.step.fill_(epoch)  # no host synchronisation, unlike a new key
+            words = rng.words(len(self), self._key, stream=rng.DATA)
+            order = torch.argsort((words[:, 0] << 31) ^ words[:, 1], stable=True)
+            self._permutations[epoch] = order
+            if len(self._permutations) > 2:
+                del self._permutations[next(iter(self._permutations))]
+        return self._permutations[epoch]
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The rows at positions ``position .. position + count - 1``, across epochs."""
+        if position < 0 or count < 1:
+            raise ValueError(f"batch needs position >= 0 and count >= 1, got {position}, {count}")
+        pieces = []
+        while count:
+            epoch, offset = divmod(position, len(self))
+            taken = min(count, len(self) - offset)
+            pieces.append(self.permutation(epoch)[offset : offset + taken])
+            position, count = position + taken, count - taken
+        index = torch.cat(pieces)
+        labels = self.dataset.labels
+        x = self.dataset.x.index_select(0, index)
+        return x, None if labels is None else labels.index_select(0, index)
+
+    def draw(self, step: int, batch_size: int) -> Batch:
+        return self.batch(step * batch_size, batch_size)
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "samples": len(self),
+            "shape": list(self.dataset.shape),
+            "dtype": str(self.dataset.x.dtype).removeprefix("torch."),
+            "num_classes": self.dataset.num_classes,
+        }
+
+
+_ARRAYS = (Tensor, np.ndarray)
+_END = object()
+
+
+class IterableData:
+    """Batches read from an iterable in its own order, from the start again whenever it ends.
+
+    A step ahead of the last one is reached by reading on, so a resumed run sees the same batches
+    if the iterable is deterministic. The short last batch of an epoch is dropped.
+
+    Args:
+        iterable: yields x or (x, cond), tensors or arrays; for example a DataLoader.
+        device: where the batches are moved, without blocking.
+    """
+
+    def __init__(self, iterable: Iterable[object], device: torch.device | str) -> None:
+        self._iterable = iterable
+        self._iterator: Iterator[object] | None = None
+        self._device = device
+        self._step = 0
+        self._layout: tuple[object, ...] | None = None
+
+    def draw(self, step: int, batch_size: int) -> Batch:
+        """The next batch, or a later one if `step` is ahead.
+
+        Raises:
+            ValueError: the step lies behind, or the iterable yields nothing, or a batch unlike
+                the first or not of `batch_size`, or is an iterator that ended.
+        """
+        if step < self._step:
+            raise ValueError(
+                f"step {step} lies behind: the next one of this iterable is {self._step}"
+            )
+        while True:
+            x, cond = self._next(batch_size)
+            self._step += 1
+            if self._step > step:
+                break
+        x = x.to(self._device, non_blocking=True)
+        return x, None if cond is None else cond.to(self._device, non_blocking=True)
+
+    def describe(self) -> dict[str, object]:
+        return {"iterable": type(self._iterable).__name__}
+
+    def _next(self, batch_size: int) -> Batch:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._iterable)
+            item = next(self._iterator, _END)
+            if item is not _END:
+                x, cond = self._unpacked(item)
+                if len(x) == batch_size:
+                    return x, cond
+                if len(x) > batch_size or next(self._iterator, _END) is not _END:
+                    raise ValueError(f"batches must have {batch_size} samples, got {len(x)}")
+            if self._iterator is self._iterable:
+                raise ValueError(
+                    f"the iterator ended after {self._step} batches and cannot start again: "
+                    f"pass an iterable such as a list or a DataLoader"
+                )
+            self._iterator = None
+        raise ValueError(f"the iterable yields no batch of {batch_size} samples")
+
+    def _unpacked(self, item: object) -> Batch:
+        parts = item if isinstance(item, tuple | list) else (item,)
+        try:
+            tensors = [None if part is None else torch.as_tensor(part) for part in parts]
+        except (TypeError, ValueError, RuntimeError):
+            tensors = []
+        if not 1 <= len(tensors) <= 2 or tensors[0] is None or tensors[0].ndim < 2:
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise ValueError(f"a batch must be x [B, ...] or (x, cond), got {kinds}")
+        x, cond = as_samples(tensors[0]), None if len(tensors) == 1 else tensors[1]
+        cond = None if cond is None else as_condition(cond)
+        if cond is not None and cond.shape[:1] != x.shape[:1]:
+            raise ValueError(f"cond must have {len(x)} rows like x, got {list(cond.shape)}")
+        layout = (list(x.shape[1:]), x.dtype, cond is None)
+        if self._layout is None:
+            self._layout = layout
+        if layout != self._layout:
+            raise ValueError(
+                f"every batch must look like the first (sample shape, dtype, no cond): "
+                f"{self._layout}, got {layout}"
+            )
+        return x, cond
+
+
+def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
+    """The source of batches for whatever holds the data.
+
+    Args:
+        data: a `Source`, `Dataset`, tensor or array ``[N, ...]``, tuple (x, labels) of these, name
+            or path (see `load`), or an iterable of batches such as a DataLoader.
+        seed: of the permutations; an iterable has its own order.
+        device: where the batches are wanted.
+
+    Raises:
+        TypeError: data is none of these.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | os.PathLike):
+        data = load(data)
+    elif isinstance(data, _ARRAYS):
+        data = Dataset(torch.as_tensor(data))
+    elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, _ARRAYS) for d in data):
+        data = Dataset(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
+    if isinstance(data, Dataset):
+        return DeviceData(data, seed, device)
+    if isinstance(data, Iterable):
+        return IterableData(data, device)
+    raise TypeError(
+        f"data must be a Source, Dataset, tensor, (x, labels), path or iterable of batches, "
+        f"got {type(data).__name__}"
+    )

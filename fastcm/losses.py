@@ -1,0 +1,137 @@
+"""Metrics between a student output and its target, and weights over time.
+
+A metric reduces the *whole* sample before anything non-linear happens: pseudo-Huber per element is
+another loss (MATH: Song & Dhariwal 2023, "Improved techniques for training consistency models",
+eq. 12). Every metric is a callable ``metric(f, target) -> [B]``; any function of that form, such
+as LPIPS, serves too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from fastcm.paths import Path
+
+PSEUDO_HUBER_SCALE = 0.00054
+
+
+def _rows(f: Tensor, target: Tensor) -> Tensor:
+    return (f - target).flatten(1)
+
+
+@dataclass(frozen=True)
+class SquaredL2:
+    """sum r^2 over the sample."""
+
+    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
+        return _rows(f, target).square().sum(1)
+
+
+@dataclass(frozen=True)
+class L2:
+    """sqrt(sum r^2) over the sample; the gradient at r = 0 is 0."""
+
+    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(_rows(f, target), dim=1)
+        return norm
+
+
+@dataclass(frozen=True)
+class L1:
+    """sum |r| over the sample."""
+
+    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
+        return _rows(f, target).abs().sum(1)
+
+
+@dataclass(frozen=True)
+class PseudoHuber:
+    """sqrt(sum r^2 + c^2) - c over the sample.
+
+    Args:
+        c: > 0; None means 0.00054 sqrt(D), D the elements of a sample.
+
+    Source: Song & Dhariwal 2023, eq. 12 and section 3.3.
+    """
+
+    c: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.c is not None and not self.c > 0:
+            raise ValueError(f"PseudoHuber c must be > 0, got {self.c}; for c -> 0 use L2()")
+
+    def scale(self, elements: int) -> float:
+        """The constant c for samples of `elements` elements."""
+        return PSEUDO_HUBER_SCALE * math.sqrt(elements) if self.c is None else self.c
+
+    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
+        r = _rows(f, target)
+        c = self.scale(r.shape[1])
+        squared = r.square().sum(1)
+        # the same as sqrt(squared + c^2) - c, without its cancellation near zero
+        loss: Tensor = squared / ((squared + c * c).sqrt() + c)
+        return loss
+
+
+Metric = Union[SquaredL2, L2, L1, PseudoHuber, Callable[[Tensor, Tensor], Tensor]]
+
+Weight = Callable[[Tensor, Tensor, Path], Tensor]
+"""``weight(t, s, path) -> [B]`` from float64 times ``t > s``; ``s`` is ``t_min`` where a method
+has no second time."""
+
+
+def uniform(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """1 for every time."""
+    return torch.ones_like(t)
+
+
+def inverse_gap(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """1 / (t - s), as iCT and ECT weight neighbouring times."""
+    return 1.0 / (t - s)
+
+
+def inverse_square(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """1 / t^2: turns a denoiser error into a velocity error on the linear path (seed eq. 2)."""
+    return 1.0 / t.square()
+
+
+def snr(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """Signal-to-noise ratio alpha^2 / sigma^2."""
+    at = path.at(t)
+    return (at.alpha / at.sigma).square()
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, gamma). Source: Hang et al. 2023, "Efficient diffusion training via min-SNR"."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"MinSNR gamma must be > 0, got {self.gamma}")
+
+    def __call__(self, t: Tensor, s: Tensor, path: Path) -> Tensor:
+        return snr(t, s, path).clamp_max(self.gamma)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """(sigma^2 + alpha^2 sd^2) / (sigma sd)^2, EDM's weight of the denoiser error (Karras 2022)."""
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise ValueError(f"Karras sigma_data must be > 0, got {self.sigma_data}")
+
+    def __call__(self, t: Tensor, s: Tensor, path: Path) -> Tensor:
+        at = path.at(t)
+        total = at.sigma.square() + (at.alpha * self.sigma_data).square()
+        return total / (at.sigma * self.sigma_data).square()

@@ -1,0 +1,111 @@
+"""What the networks share: time and class conditioning in float32, and checks of their input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SINUSOID_DIM = 256
+_MAX_PERIOD = 10000.0
+
+
+def sinusoid(t: Tensor, dim: int, time_scale: float = 1.0) -> Tensor:
+    """Sines and cosines of ``time_scale * t`` at log-spaced frequencies from 1 down to 1e-4.
+
+    Args:
+        t: times ``[B]``.
+        dim: width of the embedding, even.
+        time_scale: factor on t, such that differences of ``time_scale * t`` near 1 matter.
+
+    Returns:
+        float32 ``[B, dim]``.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim must be even and positive, got {dim}")
+    half = dim // 2
+    position = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequency = torch.exp(position * (-math.log(_MAX_PERIOD) / half))
+    angle = (time_scale * t.float())[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=1)
+
+
+class Conditioning(nn.Module):
+    """Time and class label to one vector per sample, computed in float32 whatever surrounds it.
+
+    Neighbouring times of a consistency pair differ by less than bfloat16 resolves, so autocast
+    is off in here and the weights are read as float32 even where the network was cast down.
+
+    Args:
+        dim: width of the output.
+        num_classes: labels are 0 .. num_classes - 1, and num_classes is the null label; None for
+            an unconditional network.
+        time_scale: factor on t before the sinusoid.
+    """
+
+    def __init__(self, dim: int, num_classes: int | None, time_scale: float) -> None:
+        super().__init__()
+        require_positive(dim=dim)
+        if not (math.isfinite(time_scale) and time_scale > 0):
+            raise ValueError(f"time_scale must be positive and finite, got {time_scale}")
+        self.time_scale = float(time_scale)
+        self.fc1 = nn.Linear(_SINUSOID_DIM, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        self.classes: nn.Embedding | None = None
+        if num_classes is not None:
+            require_positive(num_classes=num_classes)
+            self.classes = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        with torch.autocast(device_type=t.device.type, enabled=False):
+            h = sinusoid(t, _SINUSOID_DIM, self.time_scale)
+            h = F.silu(F.linear(h, self.fc1.weight.float(), self.fc1.bias.float()))
+            h = F.linear(h, self.fc2.weight.float(), self.fc2.bias.float())
+            if self.classes is None:
+                if cond is not None:
+                    raise ValueError(
+                        "cond was given to a network without classes: pass cond=None (train on "
+                        "data without labels), or construct the network with num_classes"
+                    )
+            else:
+                table = self.classes.weight.float()
+                h = h + (table[-1] if cond is None else F.embedding(_labels(cond, t), table))
+            return F.silu(h)
+
+
+def _labels(cond: Tensor, t: Tensor) -> Tensor:
+    if cond.dtype != torch.int64 or cond.shape != t.shape:
+        raise ValueError(
+            f"cond must be int64 labels of shape {tuple(t.shape)}, "
+            f"got {cond.dtype} {tuple(cond.shape)}"
+        )
+    return cond
+
+
+def check_input(x: Tensor, t: Tensor, sample_shape: Sequence[int | None]) -> None:
+    """Raise ValueError unless x is ``[B, *sample_shape]`` (None fits any size) and t is ``[B]``."""
+    wrong = x.ndim != len(sample_shape) + 1 or any(
+        want is not None and got != want for got, want in zip(x.shape[1:], sample_shape)
+    )
+    if wrong:
+        wanted = ", ".join(["B", *("any" if n is None else str(n) for n in sample_shape)])
+        raise ValueError(f"x must have shape [{wanted}], got {list(x.shape)}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape [{x.shape[0]}] to go with x, got {list(t.shape)}")
+
+
+def require_positive(**values: int) -> None:
+    """Raise ValueError for an argument that is not an int >= 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def zero_init(module: nn.Linear | nn.Conv2d) -> None:
+    """Set weight and bias to zero."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,11 @@
+"""Training methods, one file each."""
+
+from fastcm.objectives.base import Batch as Batch
+from fastcm.objectives.base import Loss as Loss
+from fastcm.objectives.base import Network as Network
+from fastcm.objectives.base import Objective as Objective
+from fastcm.objectives.consistency_distillation import (
+    ConsistencyDistillation as ConsistencyDistillation,
+)
+from fastcm.objectives.consistency_training import ConsistencyTraining as ConsistencyTraining
+from fastcm.objectives.flow_matching import FlowMatching as FlowMatching

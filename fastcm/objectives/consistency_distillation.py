@@ -1,0 +1,106 @@
+"""Consistency distillation: a teacher's Euler step leads to the point of the target network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastcm import ops, rng
+from fastcm.ema import EMA, Average
+from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
+from fastcm.objectives.base import Batch, Loss, Network, check_output, unconditional
+from fastcm.objectives.consistency_training import check_discretization
+from fastcm.ops import Denoised
+from fastcm.parameterization import Parameterization
+from fastcm.reference import lift
+from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation:
+    """f_theta(x_t, t) against f_ema(xhat_s, s), xhat_s = x_t - (t - s) v_teacher(x_t, t).
+
+    Args:
+        teacher: network of a pretrained flow or diffusion model; frozen here.
+        parameterization: of the student.
+        teacher_parameterization: default the student's; it must share the student's path (wrap the
+            teacher in `Rescaled` to serve another).
+        discretization, grid, times, metric, weight, target_average: see `ConsistencyTraining`.
+        guidance: weight w of v_u + w (v_c - v_u), evaluated as one batch of conditional and
+            unconditional rows; None uses the conditional velocity alone.
+        null_condition: what stands for "no condition" under guidance: a label or a tensor.
+
+    Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance: Luo et al. 2023 (LCM).
+    """
+
+    teacher: nn.Module = field(repr=False)
+    parameterization: Parameterization = Parameterization()
+    teacher_parameterization: Parameterization | None = None
+    discretization: int | Curriculum = 40
+    grid: Grid = UniformGrid()
+    times: TimeSampler | None = None
+    metric: Metric = PseudoHuber()
+    weight: Weight = inverse_gap
+    target_average: Average = EMA(0.95)
+    guidance: float | None = None
+    null_condition: Tensor | int | None = None
+
+    def __post_init__(self) -> None:
+        check_discretization(self.discretization)
+        if not isinstance(self.teacher, nn.Module):
+            raise TypeError(f"teacher must be an nn.Module, got {type(self.teacher).__name__}")
+        theirs = self.teacher_parameterization
+        if theirs is not None and theirs.path != self.parameterization.path:
+            raise ValueError(
+                f"teacher path {theirs.path} differs from the student's "
+                f"{self.parameterization.path}; wrap the teacher in fastcm.Rescaled to serve it"
+            )
+        if self.guidance is not None and self.null_condition is None:
+            raise ValueError("guidance needs null_condition, got None")
+        self.teacher.requires_grad_(False).eval()
+
+    def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
+        """The loss of one batch; see `Objective`."""
+        assert target_net is not None
+        p = self.parameterization
+        n = intervals(self.discretization, batch.key.step)
+        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
+        x_t = batch.at(p, t)
+        (input_t,) = batch.network_inputs(p, t)
+        at_t, at_s = p.coefficients(t), p.coefficients(s)
+        with torch.no_grad():
+            x_s = self._teacher_step(batch, t, s, input_t)
+            c_in = p.c_in(s)
+            input_s = (x_s if c_in is None else lift(c_in, x_s) * x_s).to(batch.input_dtype)
+            F_s = target_net(input_s, p.c_noise(s), batch.cond)
+        F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
+        return Loss(
+            *ops.consistency_loss(
+                F_t,
+                x_t,
+                at_t.a,
+                at_t.b,
+                Denoised(x_s, F_s, at_s.a, at_s.b),
+                metric=self.metric,
+                weight=self.weight(t, s, p.path),
+            )
+        )
+
+    def _teacher_step(self, batch: Batch, t: Tensor, s: Tensor, input_t: Tensor) -> Tensor:
+        """xhat_s in float32; c_in belongs to the path, so the student's input serves."""
+        q = self.teacher_parameterization or self.parameterization
+        at, dt, cond = q.coefficients(t), t - s, batch.cond
+        x_t, step, scale = batch.at(q, t), dt * at.d, 1.0 - dt * at.c
+        if self.guidance is None:
+            F = check_output("teacher", self.teacher(input_t, q.c_noise(t), cond), input_t)
+            return ops.euler_step(x_t, F, step, scale=scale)
+        if cond is None:
+            raise ValueError("guidance needs a batch with cond, got cond=None")
+        inputs = torch.cat([input_t, input_t])
+        conds = torch.cat([cond, unconditional(cond, self.null_condition)])
+        F = check_output("teacher", self.teacher(inputs, q.c_noise(t).repeat(2), conds), inputs)
+        F_cond, F_uncond = F.chunk(2)
+        weight = torch.full_like(t, self.guidance)
+        return ops.euler_step(x_t, F_cond, step, v_uncond=F_uncond, guidance=weight, scale=scale)

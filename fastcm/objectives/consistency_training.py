@@ -1,0 +1,73 @@
+"""Consistency training: the target is the average network at the next time down, same noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastcm import ops, rng
+from fastcm.ema import EMA, Average
+from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
+from fastcm.objectives.base import Batch, Loss, Network, check_output
+from fastcm.ops import Denoised
+from fastcm.parameterization import Parameterization
+from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals
+
+
+@dataclass(frozen=True)
+class ConsistencyTraining:
+    """f_theta(x_t, t) against f_ema(x_s, s) at neighbouring grid times t > s, with one z.
+
+    Args:
+        parameterization: path and prediction type.
+        discretization: number of intervals n, or a curriculum N(k).
+        grid: where the times lie.
+        times: None draws the interval uniformly; else by the mass of this density.
+        metric: distance of the denoisers.
+        weight: weight(t, s, path).
+        target_average: the average that serves as target network.
+
+    Source: seed eq. 6; Song et al. 2023, algorithm 3.
+    """
+
+    parameterization: Parameterization = Parameterization()
+    discretization: int | Curriculum = 40
+    grid: Grid = UniformGrid()
+    times: TimeSampler | None = None
+    metric: Metric = PseudoHuber()
+    weight: Weight = inverse_gap
+    target_average: Average = EMA(0.95)
+
+    def __post_init__(self) -> None:
+        check_discretization(self.discretization)
+
+    def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
+        """The loss of one batch; see `Objective`."""
+        assert target_net is not None
+        p = self.parameterization
+        n = intervals(self.discretization, batch.key.step)
+        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
+        input_t, input_s = batch.network_inputs(p, t, s)
+        at_t, at_s = p.coefficients(t), p.coefficients(s)
+        with torch.no_grad():
+            F_s = target_net(input_s, p.c_noise(s), batch.cond)
+        F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
+        target = Denoised(batch.at(p, s), F_s, at_s.a, at_s.b)
+        return Loss(
+            *ops.consistency_loss(
+                F_t,
+                batch.at(p, t),
+                at_t.a,
+                at_t.b,
+                target,
+                metric=self.metric,
+                weight=self.weight(t, s, p.path),
+            )
+        )
+
+
+def check_discretization(n: int | Curriculum) -> None:
+    """Raise ValueError for a number of intervals below 1."""
+    if isinstance(n, int) and n < 1:
+        raise ValueError(f"discretization must be >= 1 interval, got {n}")

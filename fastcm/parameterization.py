@@ -1,0 +1,159 @@
+"""What a network predicts, as affine maps: denoiser f = a x + b F and velocity v = c x + d F.
+
+Three prediction types are a target p x0 + q z ("v", "eps", "x0"); with x = alpha x0 + sigma z that
+is a 2 x 2 linear system whose solution gives all four coefficients. EDM's preconditioning ("edm")
+and its consistency variant with the boundary shift ("cm") give a and b directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastcm.paths import Linear, Path, Point, VarianceExploding, rescale
+
+Prediction = Literal["v", "eps", "x0", "edm", "cm"]
+
+
+class Coefficients(NamedTuple):
+    """f = a x + b F and v = c x + d F, float64 ``[B]`` each."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """A path and what the network predicts on it.
+
+    Args:
+        path: the path; default `Linear`.
+        prediction: "v" | "eps" | "x0" | "edm" | "cm"; None takes the path's own (v on `Linear` and
+            `TrigFlow`, eps on `VariancePreserving`, cm on `VarianceExploding`).
+
+    At t = t_min the denoiser is the identity, bit for bit (a = 1, b = 0): the boundary condition
+    of consistency models. The exception is "edm", a teacher's plain preconditioning.
+
+    Raises:
+        ValueError: unknown prediction, or one that the path cannot carry.
+    """
+
+    path: Path = Linear()
+    prediction: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction is None:
+            object.__setattr__(self, "prediction", cast(Prediction, self.path.default_prediction))
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(
+                f"prediction must be one of {get_args(Prediction)}, got {self.prediction!r}"
+            )
+        if self.prediction in ("edm", "cm") and not isinstance(self.path, VarianceExploding):
+            raise ValueError(
+                f"prediction {self.prediction!r} is EDM's preconditioning, defined on "
+                f"VarianceExploding, got {self.path}; wrap the network with Rescaled to serve "
+                "another path"
+            )
+        end = torch.tensor([self.path.t_max], dtype=torch.float64)
+        if self.prediction == "eps" and self.path._at(end).alpha.item() < 1e-9:
+            raise ValueError(
+                f"prediction 'eps' cannot recover data at t = {self.path.t_max} of {self.path}, "
+                "where alpha = 0; use 'v' or 'x0'"
+            )
+
+    def target(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(p, q), float64 ``[B]``: the network's regression target is p x0 + q z."""
+        if self.prediction == "v":
+            p, q = self.path.velocity_target(t.double())
+            return p, q
+        if self.prediction == "eps":
+            return torch.zeros_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
+        if self.prediction == "x0":
+            return torch.ones_like(t, dtype=torch.float64), torch.zeros_like(t, dtype=torch.float64)
+        at = self.path.at(t)
+        a, b = self._preconditioning(at)
+        return (1.0 - a * at.alpha) / b, -a * at.sigma / b
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Denoiser and velocity coefficients at times ``t`` ``[B]``.
+
+        The velocity of predictions other than "v" is singular where sigma or alpha is 0.
+        """
+        at = self.path.at(t)
+        if self.prediction in ("edm", "cm"):
+            a, b = self._preconditioning(at)
+            slope = at.alpha_dot - at.alpha * at.sigma_dot / at.sigma
+            return Coefficients(a, b, at.sigma_dot / at.sigma + slope * a, slope * b)
+        p, q = self.target(t)
+        det = at.alpha * q - at.sigma * p
+        a, b = q / det, -at.sigma / det
+        c = (at.alpha_dot * q - at.sigma_dot * p) / det
+        d = (at.sigma_dot * at.alpha - at.alpha_dot * at.sigma) / det
+        start = t.double() <= self.path.t_min
+        return Coefficients(a.masked_fill(start, 1.0), b.masked_fill(start, 0.0), c, d)
+
+    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(g, h), float64 ``[B]``: the noise estimate is z = g x + h F."""
+        at = self.path.at(t)
+        if self.prediction in ("edm", "cm"):
+            a, b = self._preconditioning(at)
+            return (1.0 - at.alpha * a) / at.sigma, -at.alpha * b / at.sigma
+        p, q = self.target(t)
+        det = at.alpha * q - at.sigma * p
+        return -p / det, at.alpha / det
+
+    def c_in(self, t: Tensor) -> Tensor | None:
+        """Factor on the network's input, float64 ``[B]``, or None where it is 1."""
+        return self.path.c_in(t)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        """The network's time argument, float32 ``[B]``."""
+        return self.path.c_noise(t.double()).float()
+
+    def _preconditioning(self, at: Point) -> tuple[Tensor, Tensor]:
+        path = cast(VarianceExploding, self.path)
+        sd = path.sigma_data
+        t = at.sigma
+        shifted = t - path.t_min if self.prediction == "cm" else t
+        a = sd**2 / (shifted.square() + sd**2)
+        b = sd * shifted / (t.square() + sd**2).sqrt()
+        return a, b
+
+
+class Rescaled(nn.Module):
+    """Serves a network trained under one parameterization as one of another path.
+
+    Args:
+        net: network of the protocol ``net(x, t, cond=None) -> F``.
+        trained: the parameterization it was trained under.
+        serves: the parameterization it shall be used under: its inputs and outputs.
+    """
+
+    def __init__(self, net: nn.Module, trained: Parameterization, serves: Parameterization) -> None:
+        super().__init__()
+        self.net = net
+        self.trained = trained
+        self.serves = serves
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The served prediction for network input `x` and network time `t` of ``serves``."""
+
+        def lift(coefficient: Tensor) -> Tensor:
+            return coefficient.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+        path = self.serves.path
+        t = path.time_of(t.double()).clamp(path.t_min, path.t_max)
+        there, scale = rescale(path, self.trained.path, t)
+        c_in = self.serves.c_in(t)
+        x = x * lift(scale if c_in is None else scale / c_in)
+        c_in = self.trained.c_in(there)
+        F = self.net(x if c_in is None else lift(c_in) * x, self.trained.c_noise(there), cond)
+        a, b, _, _ = self.trained.coefficients(there)
+        g, h = self.trained.noise_coefficients(there)
+        p, q = self.serves.target(t)
+        return cast(Tensor, lift(p * a + q * g) * x + lift(p * b + q * h) * F)

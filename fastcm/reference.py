@@ -1,0 +1,179 @@
+"""Every operation in plain, dtype-generic torch: the specification.
+
+It is the CPU path, the oracle of the tests and the baseline of the benchmarks. Arithmetic is
+float32, or float64 where an input is float64; per-sample coefficients are ``[B]``. Inputs are
+taken as valid: `fastcm.ops` validates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcm import rng
+from fastcm.losses import Metric
+from fastcm.rng import NoiseKey
+
+
+@dataclass(frozen=True)
+class Noised:
+    """alpha x0 + sigma z in closed form: regenerated in float32 where it is used, never stored.
+
+    Args:
+        x0: ``[B, ...]``, uint8 (meaning x / 127.5 - 1) or float.
+        alpha, sigma: ``[B]``.
+        key: the noise is ``noise(x0.shape, key, stream=stream, first_sample=first_sample)``.
+    """
+
+    x0: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    key: NoiseKey
+    stream: int = rng.NOISE
+    first_sample: int = 0
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """a x + b F in closed form, with x a tensor or itself `Noised`."""
+
+    x: Tensor | Noised
+    F: Tensor
+    a: Tensor
+    b: Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on `tensors`: float64 if one of them is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def lift(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A ``[B]`` coefficient in the dtype of `x`, shaped to broadcast against it."""
+    return coefficient.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def to_unit(x0: Tensor, dtype: torch.dtype) -> Tensor:
+    """Data in `dtype`; uint8 is mapped from 0..255 to -1..1."""
+    return x0.to(dtype) / 127.5 - 1.0 if x0.dtype == torch.uint8 else x0.to(dtype)
+
+
+def noise(
+    shape: Sequence[int],
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals ``[B, ...]`` of the bit contract."""
+    samples, elements = shape[0], 1
+    for size in shape[1:]:
+        elements *= size
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    quad = rng.blocks(samples, (elements + 3) // 4, key.tensor, stream, first_sample)
+    return rng.normals(quad, compute)[:, :elements].reshape(tuple(shape)).to(dtype)
+
+
+def noising(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int = 0,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """alpha x0 + sigma z for each row of ``alpha, sigma [K, B]``, all with the same z."""
+    dtype = torch.float64 if out_dtype == torch.float64 else compute_dtype(x0)
+    x0 = to_unit(x0, dtype)
+    z = noise(x0.shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
+    return tuple((lift(a, x0) * x0 + lift(s, x0) * z).to(out_dtype) for a, s in zip(alpha, sigma))
+
+
+def regenerate(x: Tensor | Noised, dtype: torch.dtype) -> Tensor:
+    """`x` as a tensor of `dtype`, made from its closed form if it is one."""
+    if isinstance(x, Tensor):
+        return x.to(dtype)
+    return noising(
+        x.x0,
+        x.alpha[None],
+        x.sigma[None],
+        x.key,
+        stream=x.stream,
+        first_sample=x.first_sample,
+        out_dtype=dtype,
+    )[0]
+
+
+def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a x + b F."""
+    dtype = compute_dtype(F, x if isinstance(x, Tensor) else x.x0)
+    x, F = regenerate(x, dtype), F.to(dtype)
+    return lift(a, x) * x + lift(b, x) * F
+
+
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """scale x - dt (v_u + guidance (v - v_u))."""
+    dtype = compute_dtype(v, x if isinstance(x, Tensor) else x.x0)
+    x, v = regenerate(x, dtype), v.to(dtype)
+    if v_uncond is not None and guidance is not None:
+        v_u = v_uncond.to(dtype)
+        v = v_u + lift(guidance, x) * (v - v_u)
+    if scale is not None:
+        x = lift(scale, x) * x
+    return x - lift(dt, x) * v
+
+
+def sampler_update(
+    x: Tensor,
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int = 0,
+) -> Tensor:
+    """alpha (a x + b F) + sigma z."""
+    f = boundary(x, F, a, b)
+    z = noise(f.shape, key, stream=stream, first_sample=first_sample, dtype=f.dtype)
+    return lift(alpha, f) * f + lift(sigma, f) * z
+
+
+def consistency_loss(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    *,
+    metric: Metric,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """weight metric(a x_t + b F, target): its mean and the ``[B]`` values; gradient to F only."""
+    dtype = compute_dtype(F)
+    with torch.no_grad():
+        x = regenerate(x_t, dtype)
+        if isinstance(target, Denoised):
+            y = boundary(target.x, target.F, target.a, target.b).to(dtype)
+        else:
+            y = regenerate(target, dtype)
+    losses = metric(lift(a, x) * x + lift(b, x) * F.to(dtype), y)
+    if weight is not None:
+        losses = losses * weight.to(dtype)
+    return losses.mean(), losses

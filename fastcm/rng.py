@@ -1,0 +1,165 @@
+"""Counter-based noise: a pure function of (seed, step, stream, sample, element).
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in plain torch
+integer arithmetic, so that it runs, compiles and agrees word for word on every device. The
+counter of one block of four elements of one sample is
+
+    c0 = element // 4    c1 = global sample index    c2 = step low    c3 = stream << 24 | step high
+
+which makes the noise independent of device, block size, batch split and world size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+NOISE = 0
+TIME = 1
+DATA = 2
+CONDITION = 3
+SAMPLE = 16
+"""First of the sampler's streams: evaluation j draws from ``SAMPLE + j``."""
+
+NUM_STREAMS = 256
+MASK32 = 0xFFFFFFFF
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+class NoiseKey:
+    """Where in the random sequence a run stands: a device tensor of (seed, step, first sample).
+
+    The numbers live on the device so that a captured or compiled step reads the current ones;
+    ``advance_`` moves to the next step without touching the host.
+
+    Args:
+        seed: 0 <= seed < 2**63.
+        step: 0 <= step < 2**56.
+        first_sample: global index of the first sample of a batch, 0 <= first_sample < 2**32.
+        device: where the key lives; default CPU.
+
+    Raises:
+        TypeError: an argument is not an int.
+        ValueError: an argument is outside its range.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(
+        self,
+        seed: int,
+        step: int = 0,
+        first_sample: int = 0,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value, bits in (
+            ("seed", seed, 63),
+            ("step", step, 56),
+            ("first_sample", first_sample, 32),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if not 0 <= value < 2**bits:
+                raise ValueError(f"{name} must be in [0, 2**{bits}), got {value}")
+        self.tensor = torch.tensor([seed, step, first_sample], dtype=torch.int64, device=device)
+
+    @classmethod
+    def wrap(cls, tensor: Tensor) -> NoiseKey:
+        """The key whose state is `tensor` (int64 ``[3]``: seed, step, first sample), not copied."""
+        key = object.__new__(cls)
+        key.tensor = tensor
+        return key
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    @property
+    def step(self) -> Tensor:
+        """The step as a 0-d int64 tensor on the device: a view, it follows ``advance_``."""
+        return self.tensor[1]
+
+    def to(self, device: torch.device | str) -> NoiseKey:
+        """This key on `device` (the same storage if it is there already)."""
+        return NoiseKey.wrap(self.tensor.to(device))
+
+    def advance_(self, steps: int = 1) -> NoiseKey:
+        """Move to a later step in place, on the device."""
+        self.tensor[1].add_(steps)
+        return self
+
+    def __repr__(self) -> str:
+        seed, step, first = self.tensor.tolist()
+        return f"NoiseKey(seed={seed}, step={step}, first_sample={first}, device={self.device})"
+
+
+pytree.register_pytree_node(
+    NoiseKey,
+    lambda key: ([key.tensor], None),
+    lambda children, _: NoiseKey.wrap(next(iter(children))),
+    serialized_type_name="fastcm.NoiseKey",
+    to_dumpable_context=lambda context: context,
+    from_dumpable_context=lambda context: context,
+)
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> list[Tensor]:
+    """Philox4x32: four counter words and two key words to four random words.
+
+    Words are uint32 held in int64 tensors that broadcast against each other. 32 x 32 bit
+    products wrap in int64; their bits, read back with shift and mask, are those of uint64.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    m0, m1 = _MULTIPLIERS
+    for _ in range(rounds):
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32
+        c2, c3 = (p0 >> 32 & MASK32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + _WEYL[0]) & MASK32, (k1 + _WEYL[1]) & MASK32
+    return [c0, c1, c2, c3]
+
+
+def blocks(
+    samples: int, quads: int, state: Tensor, stream: int, first_sample: int = 0
+) -> list[Tensor]:
+    """The four Philox words of each block of four elements, ``[samples, quads]`` each."""
+    device = state.device
+    seed, step, first = state.unbind()
+    c0 = torch.arange(quads, device=device)[None, :]
+    c1 = (torch.arange(samples, device=device)[:, None] + (first + first_sample)) & MASK32
+    c2 = step & MASK32
+    c3 = (step >> 32 & 0xFFFFFF) | (stream << 24)
+    return philox((c0, c1, c2, c3), (seed & MASK32, seed >> 32 & MASK32))
+
+
+def words(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) -> Tensor:
+    """The four uint32 words of the first block of each sample, as int64 ``[count, 4]``."""
+    return torch.cat(blocks(count, 1, key.tensor, stream, first_sample), dim=1)
+
+
+def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) -> Tensor:
+    """One number per sample in the open interval (0, 1), float64 ``[count]``."""
+    word = words(count, key, stream=stream, first_sample=first_sample)[:, 0]
+    return (word.double() + 0.5) * 2.0**-32
+
+
+def normals(quad: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Box-Muller: four words ``[B, Q]`` to interleaved normals ``[B, 4 Q]``.
+
+    The uniforms are those of float32 whatever `dtype` is, so float64 serves as the oracle of the
+    same noise.
+    """
+    u0, u1, u2, u3 = ((w.float() * 2.0**-32 + 2.0**-33).to(dtype) for w in quad)
+    r0 = (-2.0 * u0.log()).clamp_min(0.0).sqrt()
+    r2 = (-2.0 * u2.log()).clamp_min(0.0).sqrt()
+    a0, a2 = 2.0 * math.pi * u1, 2.0 * math.pi * u3
+    n = torch.stack((r0 * a0.cos(), r0 * a0.sin(), r2 * a2.cos(), r2 * a2.sin()), dim=-1)
+    return n.flatten(1)

@@ -1,0 +1,218 @@
+"""Time grids, curricula of the number of grid points, and time samplers.
+
+Everything is a pure function of device tensors: a curriculum of the step counter, a sampler of
+uniform numbers, so that a captured step changes them without the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from fastcm.paths import Path
+
+
+def _float64(value: Tensor | float | int, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """t_k = t_min + (k / n) (t_max - t_min), k = 0..n (seed; t_k = k / n on `Linear`)."""
+
+    def time(self, k: Tensor, n: Tensor | int, path: Path) -> Tensor:
+        """Time of grid index `k` of `n` intervals, float64, the shape of k."""
+        return path.t_min + k.double() / n * (path.t_max - path.t_min)
+
+    def index(self, t: Tensor, n: Tensor | int, path: Path) -> Tensor:
+        """The inverse of `time`, fractional."""
+        return (t.double() - path.t_min) / (path.t_max - path.t_min) * n
+
+
+@dataclass(frozen=True)
+class KarrasGrid:
+    """t_k = (t_min^(1/rho) + (k / n) (t_max^(1/rho) - t_min^(1/rho)))^rho, k = 0..n.
+
+    n intervals are N = n + 1 points in the papers' count. Source: Karras et al. 2022, eq. 5.
+    """
+
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not self.rho > 0:
+            raise ValueError(f"KarrasGrid rho must be > 0, got {self.rho}")
+
+    def time(self, k: Tensor, n: Tensor | int, path: Path) -> Tensor:
+        """Time of grid index `k` of `n` intervals, float64, the shape of k."""
+        low, high = path.t_min ** (1 / self.rho), path.t_max ** (1 / self.rho)
+        t = (low + k.double() / n * (high - low)) ** self.rho
+        # powers round: the ends are exact, since f(x, t_min) = x must be
+        t = torch.where(k <= 0, path.t_min, t)
+        return torch.where(k.double() >= n, path.t_max, t)
+
+    def index(self, t: Tensor, n: Tensor | int, path: Path) -> Tensor:
+        """The inverse of `time`, fractional."""
+        low, high = path.t_min ** (1 / self.rho), path.t_max ** (1 / self.rho)
+        index: Tensor = (t.double().pow(1 / self.rho) - low) / (high - low) * n
+        return index
+
+
+Grid = Union[UniformGrid, KarrasGrid]
+
+
+@dataclass(frozen=True)
+class CMCurriculum:
+    """N(k) of consistency training: the grid grows as the square root of the step.
+
+    Args:
+        total_steps: K >= 1.
+        s0, s1: first and last number of grid points; CIFAR-10: 2 and 150.
+
+    Source: Song et al. 2023, appendix C.
+    """
+
+    total_steps: int
+    s0: int = 2
+    s1: int = 150
+
+    def __post_init__(self) -> None:
+        _check_curriculum(self.total_steps, self.s0, self.s1)
+
+    def points(self, step: Tensor) -> Tensor:
+        """N at step k, int64."""
+        k = step.double().clamp_max(self.total_steps)
+        squared = k / self.total_steps * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
+        return (squared.sqrt() - 1.0).ceil().clamp_min(1.0).long() + 1
+
+
+@dataclass(frozen=True)
+class ICTCurriculum:
+    """N(k) of improved consistency training: doubling at equal distances.
+
+    Source: Song & Dhariwal 2023, eq. 11.
+    """
+
+    total_steps: int
+    s0: int = 10
+    s1: int = 1280
+
+    def __post_init__(self) -> None:
+        _check_curriculum(self.total_steps, self.s0, self.s1)
+
+    def points(self, step: Tensor) -> Tensor:
+        """N at step k, int64."""
+        doublings = math.floor(math.log2(self.s1 // self.s0)) + 1
+        every = max(self.total_steps // doublings, 1)
+        stage = torch.div(step, every, rounding_mode="floor").clamp_max(doublings)
+        return (self.s0 * 2**stage).clamp_max(self.s1) + 1
+
+
+def _check_curriculum(total_steps: int, s0: int, s1: int) -> None:
+    if total_steps < 1 or not 1 <= s0 <= s1:
+        raise ValueError(
+            f"need total_steps >= 1 and 1 <= s0 <= s1, got {total_steps}, s0={s0}, s1={s1}"
+        )
+
+
+Curriculum = Union[CMCurriculum, ICTCurriculum]
+
+
+def intervals(discretization: int | Curriculum, step: Tensor) -> Tensor | int:
+    """Number of grid intervals at `step`: N - 1 of a curriculum, or the given constant."""
+    if isinstance(discretization, int):
+        return discretization
+    return discretization.points(step) - 1
+
+
+TimeSampler = Callable[[Tensor, float, float], Tensor]
+"""``sampler(u, t_min, t_max) -> t`` from uniforms in (0, 1), float64 ``[B]``."""
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """t uniform on [t_min, t_max]."""
+
+    def __call__(self, u: Tensor, t_min: float, t_max: float) -> Tensor:
+        return t_min + u * (t_max - t_min)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """logit of the relative time ~ N(mean, std^2). Source: Esser et al. 2024, section 3.1."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_std(self.std)
+
+    def __call__(self, u: Tensor, t_min: float, t_max: float) -> Tensor:
+        relative = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        return t_min + relative * (t_max - t_min)
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln t ~ N(mean, std^2), truncated to [t_min, t_max].
+
+    On a grid this is iCT's discretised lognormal, p_i ~ erf(ln t_{i+1}) - erf(ln t_i): the mass of
+    an interval is the probability that t falls into it. Source: Song & Dhariwal 2023, section 3.5.
+    """
+
+    mean: float = -1.1
+    std: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_std(self.std)
+
+    def __call__(self, u: Tensor, t_min: float, t_max: float) -> Tensor:
+        def cdf(t: float) -> float:
+            if t <= 0:
+                return 0.0
+            return 0.5 * (1 + math.erf((math.log(t) - self.mean) / (math.sqrt(2) * self.std)))
+
+        low, high = cdf(t_min), cdf(t_max)
+        t: Tensor = (self.mean + self.std * torch.special.ndtri(low + u * (high - low))).exp()
+        return t.clamp(t_min, t_max)
+
+
+def _check_std(std: float) -> None:
+    if not std > 0:
+        raise ValueError(f"std must be > 0, got {std}")
+
+
+def draw_interval(
+    u: Tensor, n: Tensor | int, grid: Grid, path: Path, sampler: TimeSampler | None = None
+) -> tuple[Tensor, Tensor]:
+    """Neighbouring grid times (t, s) = (t_k, t_{k-1}), float64 ``[B]``.
+
+    Args:
+        u: uniforms in (0, 1), float64 ``[B]``.
+        n: number of intervals, int or 0-d tensor.
+        sampler: None draws k uniformly from 1..n; else k is the interval that a time of this
+            density falls into.
+    """
+    if sampler is None:
+        k = (u * n).floor() + 1
+    else:
+        k = grid.index(sampler(u, path.t_min, path.t_max), n, path).ceil()
+    k = torch.minimum(k.clamp_min(1), _float64(n, u.device))
+    return grid.time(k, n, path), grid.time(k - 1, n, path)
+
+
+def sampling_times(grid: Grid, steps: int, path: Path) -> list[float]:
+    """The `steps` descending times of a sampler's evaluations, from t_max on; t_min is not one.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    k = torch.arange(steps, 0, -1, dtype=torch.float64)
+    times: list[float] = grid.time(k, steps, path).tolist()
+    return times

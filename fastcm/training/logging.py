@@ -1,0 +1,113 @@
+"""What a run reports: metrics.jsonl always, a progress bar where there is a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class MetricsFile:
+    """Appends one JSON object a line to `path`; None writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def drop_after(self, step: int) -> None:
+        """Forget the lines of later steps and a torn last line: a resumed run repeats them."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        self.path.write_text("".join(kept))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+
+class Progress:
+    """A progress bar with loss, it/s, img/s and time left; silent without rich or a terminal."""
+
+    def __init__(self, title: str, total: int, *, show: bool = True) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        if show and sys.stderr.isatty():
+            self._bar = _rich_bar()
+        if self._bar is not None:
+            self._task = self._bar.add_task(title, total=total, note="")
+        self._shown = 0.0
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Show the latest metrics beside the bar."""
+        if self._bar is None:
+            return
+        m = metrics
+        note = f"loss {m['loss']:.4f}  {m['it_s']:.1f} it/s  {m['img_s']:.0f} img/s"
+        self._bar.update(self._task, note=note)
+
+    def print(self, line: str) -> None:
+        """One line of text that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+class Rate:
+    """Steps per second since the last reading."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+        self._step: int | None = None
+
+    def read(self, step: int) -> float:
+        now = time.perf_counter()
+        steps = step - (step if self._step is None else self._step)
+        rate = steps / max(now - self._time, 1e-9)
+        self._time, self._step = now, step
+        return rate
+
+
+def _rich_bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+    except ImportError:
+        return None
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,389 @@
+"""The training loop: step, averages, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastcm import checkpoint, ema
+from fastcm.checkpoint import CheckpointError
+from fastcm.data import as_source
+from fastcm.description import describe, differences
+from fastcm.ema import EMA, Average
+from fastcm.objectives.base import Objective
+from fastcm.rng import NoiseKey
+from fastcm.training.logging import MetricsFile, Progress, Rate
+from fastcm.training.step import Compile, Precision, Step
+
+Schedule = Callable[[int], float]
+Callback = Callable[["Trainer", str], None]
+
+NON_FINITE_LIMIT = 20
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient was not finite for many steps in a row."""
+
+
+def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Schedule:
+    """Learning-rate factor: linear over `warmup` steps, then a cosine down to `floor` at `total`.
+
+    Raises:
+        ValueError: warmup < 0, total < 1 or floor outside [0, 1].
+    """
+    if warmup < 0 or total < 1 or not 0 <= floor <= 1:
+        raise ValueError(
+            f"need warmup >= 0, total >= 1, floor in [0, 1], got {warmup}, {total}, {floor}"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min((step - warmup) / max(total - warmup, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    factor.__qualname__ = f"warmup_cosine({warmup}, {total}, {floor})"
+    return factor
+
+
+def constant(step: int) -> float:
+    """Learning-rate factor 1."""
+    return 1.0
+
+
+class Trainer:
+    """Trains a network by an objective.
+
+    Args:
+        net: ``net(x, t, cond=None) -> F`` with F like x ``[B, ...]`` and t ``[B]`` float32.
+        objective: `FlowMatching`, `ConsistencyTraining`, `ConsistencyDistillation`, or your own.
+        optimizer: over the parameters of `net`; default AdamW(lr=1e-3). Its learning rates are
+            the base that `lr_schedule` scales.
+        data: a tensor ``[N, ...]`` (uint8 images or float), (tensor, labels), a `Dataset`, a path,
+            or any iterable of batches.
+        batch_size: rows a step.
+        seed: of noise, times and the order of the data.
+        averages: of the weights, kept in float32; `ema_network(i)` is the i-th. The objective's
+            target average is added if it is not among them.
+        lr_schedule: factor on the learning rates as a function of the step.
+        max_grad_norm: clip the gradient's norm; None does not.
+        precision: "fp32" or "bf16", see `Step`.
+        compile: "auto", True or False, see `Step`.
+        device: default that of the network.
+        directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
+        save_every: steps between checkpoints; 0: only at the end of `fit`.
+        keep: how many checkpoints to keep.
+        log_every: steps between metrics.
+        progress: show a bar where there is a terminal.
+        callbacks: called as callback(trainer, event), event "step", "log" or "save".
+        log: receives lines of text; default standard error.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, data that is empty or of the wrong form.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        optimizer: Optimizer | None = None,
+        *,
+        data: object,
+        batch_size: int = 256,
+        seed: int = 0,
+        averages: Sequence[Average] = (EMA(0.999),),
+        lr_schedule: Schedule = constant,
+        max_grad_norm: float | None = 1.0,
+        precision: Precision = "fp32",
+        compile: Compile = "auto",
+        device: torch.device | str | None = None,
+        directory: str | Path | None = None,
+        save_every: int = 0,
+        keep: int = 3,
+        log_every: int = 50,
+        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("save_every", save_every, 0),
+            ("keep", keep, 1),
+            ("log_every", log_every, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+        parameter = next(net.parameters(), None)
+        if parameter is None:
+            raise ValueError("net has no parameters to train")
+        self.device = parameter.device if device is None else torch.device(device)
+        self.net = net.to(self.device)
+        self.objective = objective
+        teacher = getattr(objective, "teacher", None)
+        if isinstance(teacher, nn.Module):
+            teacher.to(self.device)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.source = as_source(data, seed=seed, device=self.device)
+        self.key = NoiseKey(seed, device=self.device)
+        self.max_grad_norm = max_grad_norm
+        self.directory = None if directory is None else Path(directory)
+        self.save_every, self.keep, self.log_every = save_every, keep, log_every
+        self.callbacks = tuple(callbacks)
+        self.step = 0
+        self.metrics: dict[str, Any] = {}
+        self._parameters = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = _default_optimizer(self._parameters) if optimizer is None else optimizer
+        self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._lr_schedule = lr_schedule
+        target = objective.target_average
+        self.averages = tuple(averages)
+        if target is not None and target not in self.averages:
+            self.averages += (target,)
+        self._networks = [_average_of(self.net) for _ in self.averages]
+        target_net = None if target is None else self._networks[self.averages.index(target)]
+        self._progress: Progress | None = None
+        self._show, self._log_line = progress, log
+        self._step = Step(
+            self.net, objective, target_net, precision=precision, compile=compile, log=self.log
+        )
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # all, in a row
+        self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
+        self.metadata: dict[str, Any] = {
+            "network": getattr(net, "description", None),
+            "parameterization": describe(objective.parameterization),
+            "null_condition": getattr(objective, "null_condition", None),
+            "shape": None,
+        }
+
+    def ema_network(self, i: int = 0) -> nn.Module:
+        """The network with the i-th average of the weights; live, updated in place."""
+        return self._networks[i]
+
+    def log(self, line: str) -> None:
+        """One line of text for the person who watches."""
+        if self._log_line is not None:
+            self._log_line(line)
+        else:
+            (self._progress or Progress("", 0, show=False)).print(line)
+
+    def fit(self, steps: int) -> Trainer:
+        """Train `steps` more steps; saves at the end if there is a run directory.
+
+        Raises:
+            NonFiniteError: the gradient was not finite for 20 steps in a row. Those steps changed
+                nothing; the weights and the last checkpoint are as before.
+        """
+        if steps < 0:
+            raise ValueError(f"steps must be >= 0, got {steps}")
+        self.net.train()
+        end, rate = self.step + steps, Rate()
+        rate.read(self.step)
+        title = type(self.objective).__name__
+        with Progress(title, steps, show=self._show and self._log_line is None) as self._progress:
+            while self.step < end:
+                loss, norm = self._train_step(end - self.step)
+                self._progress.advance()
+                self._emit("step")
+                if self.step % self.log_every == 0 or self.step == end:
+                    self._report(loss, norm, rate)
+                if self.step % NON_FINITE_LIMIT == 0 or self.step == end:
+                    self._stop_if_non_finite(steps)
+                if self.directory and (
+                    self.step == end or (self.save_every and self.step % self.save_every == 0)
+                ):
+                    self.save()
+        self._progress = None
+        return self
+
+    def _train_step(self, remaining: int) -> tuple[Tensor, Tensor]:
+        x0, cond = self.source.draw(self.step, self.batch_size)
+        self.metadata["shape"] = list(x0.shape[1:])
+        factor = self._lr_schedule(self.step)
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr):
+            group["lr"] = lr * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._step(x0, cond, self.key, remaining=remaining)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        finite = torch.isfinite(norm)
+        self._update(finite)
+        self._update_averages(finite)
+        self._skipped += ~finite
+        self._skipped[1] *= ~finite
+        self.key.advance_()
+        self.step += 1
+        return loss, norm
+
+    def _update(self, finite: Tensor) -> None:
+        """The optimizer's step, unless the gradient is not finite."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # fused optimizers take the flag on the device
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:  # others cannot: this waits for the device
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def _update_averages(self, finite: Tensor) -> None:
+        for average, network in zip(self.averages, self._networks):
+            decay = average.decay(self.key.step)
+            keep = torch.where(finite, decay, torch.ones_like(decay))
+            ema.update_(list(network.parameters()), list(self.net.parameters()), keep)
+            for theirs, ours in zip(network.buffers(), self.net.buffers()):
+                theirs.copy_(ours)
+
+    def _report(self, loss: Tensor, norm: Tensor, rate: Rate) -> None:
+        it_s = rate.read(self.step)
+        self.metrics = {
+            "step": self.step,
+            "loss": loss.item(),
+            "grad_norm": norm.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped": int(self._skipped[0].item()),
+            "it_s": round(it_s, 3),
+            "img_s": round(it_s * self.batch_size, 1),
+        }
+        self._metrics_file.write(self.metrics)
+        assert self._progress is not None
+        self._progress.report(self.metrics)
+        self._emit("log")
+
+    def _stop_if_non_finite(self, steps: int) -> None:
+        in_a_row = int(self._skipped[1].item())
+        if in_a_row >= min(NON_FINITE_LIMIT, steps):
+            saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
+            raise NonFiniteError(
+                f"the gradient was not finite for {in_a_row} steps in a row, up to step "
+                f"{self.step}; those steps changed nothing"
+                + (f"; the last good checkpoint is {saved[0]}" if saved else "")
+                + ". Lower the learning rate, or look for NaN in data and network output"
+            )
+
+    def _emit(self, event: str) -> None:
+        for callback in self.callbacks:
+            callback(self, event)
+
+    def config(self) -> dict[str, Any]:
+        """What must agree for a run to be resumed."""
+        return {
+            "objective": describe(self.objective),
+            "network": self.metadata["network"] or type(self.net).__name__,
+            "averages": describe(self.averages),
+            "optimizer": type(self.optimizer).__name__,
+            "lr": self._base_lr,
+            "lr_schedule": describe(self._lr_schedule),
+            "max_grad_norm": self.max_grad_norm,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "precision": self._step.precision,
+            "data": self.source.describe(),
+        }
+
+    def save(self, directory: str | Path | None = None) -> Path:
+        """Write a checkpoint to `directory`, default the run's; see `fastcm.checkpoint`.
+
+        Raises:
+            ValueError: no directory.
+            OSError: it could not be written; earlier checkpoints are untouched.
+        """
+        run = Path(directory) if directory is not None else self.directory
+        if run is None:
+            raise ValueError("save needs a directory: Trainer(directory=...) or save(directory)")
+        optimizer, rest = checkpoint.flatten_optimizer(self.optimizer.state_dict())
+        rest["param_groups"] = [
+            {**group, "lr": lr} for group, lr in zip(rest["param_groups"], self._base_lr)
+        ]
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        path = checkpoint.save(
+            run,
+            self.step,
+            {
+                "model": self.net.state_dict(),
+                "optimizer": optimizer,
+                **{f"average_{i}": n.state_dict() for i, n in enumerate(self._networks)},
+                "random": random,
+                "counters": {"skipped": self._skipped},
+            },
+            {
+                "config": self.config(),
+                "compiled": self._step.compiled,
+                "optimizer": rest,
+                "num_averages": len(self._networks),
+                **self.metadata,
+            },
+            keep=self.keep,
+        )
+        self._emit("save")
+        return path
+
+    def load(self, directory: str | Path | None = None) -> Trainer:
+        """Continue from the newest intact checkpoint of a run; a damaged one is passed over.
+
+        Raises:
+            FileNotFoundError: no checkpoint there.
+            CheckpointError: all are damaged, or of another network or optimizer.
+            ValueError: the run had another configuration; the message lists the differences.
+        """
+        run = Path(directory) if directory is not None else self.directory
+        if run is None:
+            raise ValueError("load needs a directory: Trainer(directory=...) or load(directory)")
+        found, damaged = checkpoint.load_newest(run)
+        for error in damaged:
+            warnings.warn(f"{error}; falling back to {found.path}", stacklevel=2)
+        old = found.state.get("config")
+        changed = differences(old, json.loads(json.dumps(self.config())))
+        if changed:
+            raise ValueError(
+                f"{run} was trained under another configuration: " + "; ".join(changed)
+            )
+        groups = found.groups
+        networks = {f"average_{i}": n for i, n in enumerate(self._networks)}
+        for name, network in {"model": self.net, **networks}.items():
+            checkpoint.check_tensors(
+                f"{found.path.name}/{name}", groups.get(name, {}), network.state_dict()
+            )
+        try:
+            self.optimizer.load_state_dict(
+                checkpoint.unflatten_optimizer(groups["optimizer"], found.state["optimizer"])
+            )
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{found.path}: optimizer state does not fit: {error}") from error
+        for name, network in {"model": self.net, **networks}.items():
+            network.load_state_dict(groups[name])
+        self._skipped.copy_(groups["counters"]["skipped"])
+        torch.set_rng_state(groups["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in groups["random"]:
+            torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
+        if self._step.compiled is None:  # what "auto" chose: the same numbers after a resume
+            self._step.compiled = cast("bool | None", found.state["compiled"])
+        self.step = int(found.state["step"])
+        self.key = NoiseKey(self.seed, self.step, device=self.device)
+        self._metrics_file.drop_after(self.step)
+        return self
+
+
+def _default_optimizer(parameters: list[nn.Parameter]) -> Optimizer:
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=fused)
+
+
+def _average_of(net: nn.Module) -> nn.Module:
+    average = copy.deepcopy(net).requires_grad_(False).eval()
+    for parameter in average.parameters():
+        parameter.data = parameter.data.float()
+    return average
