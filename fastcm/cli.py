@@ -68,7 +68,7 @@ def train(
         str | None, typer.Option(help="ct, cd: number of intervals [40], or curriculum cm, ict")
     ] = None,
     target_ema: Annotated[
-        float | None, typer.Option(help="ct, cd: decay of the target network [0.95]")
+        float | None, typer.Option(help="ct, cd: decay of the target network [0.9]")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="cd: directory of the teacher's run")] = None,
     guidance: Annotated[

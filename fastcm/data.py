@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcm import rng
+from fastcm.checkpoint import digest
 from fastcm.datasets import Dataset as Dataset
 from fastcm.datasets import array_file as array_file
 from fastcm.datasets import as_condition, as_samples
@@ -90,11 +91,13 @@ class DeviceData:
         return self.batch(step * batch_size, batch_size)
 
     def describe(self) -> dict[str, object]:
+        labels = self.dataset.labels
         return {
             "samples": len(self),
             "shape": list(self.dataset.shape),
             "dtype": str(self.dataset.x.dtype).removeprefix("torch."),
             "num_classes": self.dataset.num_classes,
+            "contents": digest({"x": self.dataset.x, **({} if labels is None else {"y": labels})}),
         }
 
 

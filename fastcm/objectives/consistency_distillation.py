@@ -43,7 +43,7 @@ class ConsistencyDistillation:
     times: TimeSampler | None = None
     metric: Metric = PseudoHuber()
     weight: Weight = inverse_gap
-    target_average: Average = EMA(0.95)
+    target_average: Average = EMA(0.9)
     guidance: float | None = None
     null_condition: Tensor | int | None = None
 

@@ -37,7 +37,7 @@ class ConsistencyTraining:
     times: TimeSampler | None = None
     metric: Metric = PseudoHuber()
     weight: Weight = inverse_gap
-    target_average: Average = EMA(0.95)
+    target_average: Average = EMA(0.9)
 
     def __post_init__(self) -> None:
         check_discretization(self.discretization)

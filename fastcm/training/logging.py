@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -31,8 +32,14 @@ class MetricsFile:
 
     def write(self, metrics: dict[str, Any]) -> None:
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Progress:

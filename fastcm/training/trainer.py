@@ -100,7 +100,7 @@ class Trainer:
         data: object,
         batch_size: int = 256,
         seed: int = 0,
-        averages: Sequence[Average] = (EMA(0.999),),
+        averages: Sequence[Average] = (EMA(0.999, warmup=True),),
         lr_schedule: Schedule = constant,
         max_grad_norm: float | None = 1.0,
         precision: Precision = "fp32",
@@ -133,6 +133,11 @@ class Trainer:
         teacher = getattr(objective, "teacher", None)
         if isinstance(teacher, nn.Module):
             teacher.to(self.device)
+            if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
+                raise ValueError(
+                    "the teacher shares parameters with net, and would be trained along: "
+                    "give it a copy, copy.deepcopy(net)"
+                )
         self.batch_size = batch_size
         self.seed = seed
         self.source = as_source(data, seed=seed, device=self.device)
@@ -160,6 +165,7 @@ class Trainer:
         )
         self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # all, in a row
         self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
+        self._config: dict[str, Any] | None = None
         self.metadata: dict[str, Any] = {
             "network": getattr(net, "description", None),
             "parameterization": describe(objective.parameterization),
@@ -182,11 +188,17 @@ class Trainer:
         """Train `steps` more steps; saves at the end if there is a run directory.
 
         Raises:
+            FileExistsError: the directory holds another run; `load` continues it.
             NonFiniteError: the gradient was not finite for 20 steps in a row. Those steps changed
                 nothing; the weights and the last checkpoint are as before.
         """
         if steps < 0:
             raise ValueError(f"steps must be >= 0, got {steps}")
+        if self.directory and self.step == 0 and checkpoint.list_checkpoints(self.directory):
+            raise FileExistsError(
+                f"{self.directory} holds a run already: continue it with load(), or choose "
+                "another directory"
+            )
         self.net.train()
         end, rate = self.step + steps, Rate()
         rate.read(self.step)
@@ -199,7 +211,7 @@ class Trainer:
                 if self.step % self.log_every == 0 or self.step == end:
                     self._report(loss, norm, rate)
                 if self.step % NON_FINITE_LIMIT == 0 or self.step == end:
-                    self._stop_if_non_finite(steps)
+                    self._stop_if_non_finite()
                 if self.directory and (
                     self.step == end or (self.save_every and self.step % self.save_every == 0)
                 ):
@@ -261,9 +273,9 @@ class Trainer:
         self._progress.report(self.metrics)
         self._emit("log")
 
-    def _stop_if_non_finite(self, steps: int) -> None:
+    def _stop_if_non_finite(self) -> None:
         in_a_row = int(self._skipped[1].item())
-        if in_a_row >= min(NON_FINITE_LIMIT, steps):
+        if in_a_row >= NON_FINITE_LIMIT:
             saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
             raise NonFiniteError(
                 f"the gradient was not finite for {in_a_row} steps in a row, up to step "
@@ -278,6 +290,11 @@ class Trainer:
 
     def config(self) -> dict[str, Any]:
         """What must agree for a run to be resumed."""
+        if self._config is None:
+            self._config = self._describe()
+        return self._config
+
+    def _describe(self) -> dict[str, Any]:
         return {
             "objective": describe(self.objective),
             "network": self.metadata["network"] or type(self.net).__name__,

@@ -1,0 +1,67 @@
+"""What the README says is what the code does and what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcm
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert report.render(text) == text
+
+
+def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[0].replace("fit(1000)", "fit(3)")
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    x = scope["x"]
+    assert isinstance(x, torch.Tensor) and x.shape == (1000, 2)
+
+
+def test_the_objective_of_the_readme_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "readme_objective.py").write_text(BLOCKS[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = importlib.import_module("readme_objective").Denoising()
+    torch.manual_seed(0)
+    net = fastcm.networks.MLP(shape=(2,), width=64, depth=1)
+    data = torch.randn(256, 2) * 0.1 + 1.0
+    losses: list[float] = []
+    trainer = fastcm.Trainer(
+        net,
+        objective,
+        data=data,
+        log_every=1,
+        callbacks=[lambda t, event: losses.append(t.metrics["loss"]) if event == "log" else None],
+    )
+    trainer.fit(60)
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_the_example_script_distils_two_moons() -> None:
+    out = subprocess.run(
+        [sys.executable, "examples/own_data.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    many, one, distilled = (float(v) for v in re.findall(r"(\d\.\d+)$", out, flags=re.M))
+    assert many < one / 2 and distilled < one / 2
