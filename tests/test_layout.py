@@ -41,7 +41,8 @@ NAMES = {
     "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyTraining", "CurriculumEMA",
     "Dataset", "EMA", "FlowMatching", "Linear", "Loss", "NoiseKey", "NonFiniteError",
     "Parameterization", "PowerEMA", "Rescaled", "Sampler", "Trainer", "TrigFlow",
-    "VarianceExploding", "VariancePreserving", "evaluation", "losses", "networks", "ops", "rng", "schedules",
+    "VarianceExploding", "VariancePreserving", "evaluation", "losses", "networks", "ops", "rng",
+    "schedules",
     "warmup_cosine",
 }  # fmt: skip
 

@@ -1,0 +1,184 @@
+"""How the kernels are launched: configurations as pure functions of sizes, and address arithmetic.
+
+Nothing is tuned at run time. A configuration follows from the elements per sample, the narrowest
+float that is read or written and the warp size, so the same call compiles to the same code and
+adds in the same order on every machine; a measured better one is passed as ``config=``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PER_THREAD = 16
+"""Elements per thread: amortises the scalar work of a program over four Philox calls."""
+
+MAX_BLOCK = 2048
+MAX_SAMPLE = 16384
+"""Largest sample that one program of the consistency loss keeps in registers."""
+
+LOSS_BLOCK = 4096
+MAX_CHUNKS = 512
+"""Largest number of partial sums per sample: it bounds what each program adds up again."""
+
+MAX_ELEMENTS = 2**30
+"""Largest sample: its columns, rounded up to whole blocks, stay within 32 bits."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One launch of one kernel.
+
+    Args:
+        BLOCK: elements of a sample per program and loop iteration, a power of two.
+        num_warps: warps per program.
+        VECTOR: neighbouring elements that one thread owns: 16 bytes of the narrowest float.
+            Wider types exchange through shared memory to be stored in 16 bytes too.
+        TAIL: loss only: elements beyond BLOCK, a power of two or 0.
+        STEPS: loss in two launches only: iterations of BLOCK per program.
+    """
+
+    BLOCK: int
+    num_warps: int
+    VECTOR: int = 4
+    TAIL: int = 0
+    STEPS: int = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launcher must know of the device.
+
+    Args:
+        warp_size: threads per warp.
+        fast: the hardware's approximate log2, sin and cos can be called.
+    """
+
+    warp_size: int
+    fast: bool
+
+
+def target(x: Tensor) -> Target:
+    """The target that a tensor lives on; the interpreter counts as 32 wide without fast maths."""
+    if torch.version.hip is not None:
+        return Target(warp_size=64, fast=False)
+    return Target(warp_size=32, fast=x.is_cuda)
+
+
+def narrowest(*tensors: Tensor | None) -> int:
+    """Bytes of the narrowest float among `tensors`.
+
+    uint8 does not count: owning 16 pixels would cost every other operand an exchange, and pixels
+    are the smallest part of the traffic. They are read VECTOR bytes at a time.
+    """
+    return min(t.element_size() for t in tensors if t is not None and t.is_floating_point())
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two >= n, clipped to [low, high] (themselves powers of two)."""
+    power = low
+    while power < high and power < n:
+        power *= 2
+    return power
+
+
+def warps(elements: int, warp_size: int, per_thread: int = PER_THREAD) -> int:
+    """Warps that give each thread about `per_thread` of `elements`, up to 512 threads.
+
+    With 1024 threads the 64 registers of each would not hold a residual and its operands.
+    """
+    return power_of_two(elements // (per_thread * warp_size), 1, 512 // warp_size)
+
+
+def pointwise(D: int, width: int, warp_size: int = 32) -> LaunchConfig:
+    """For maps of single elements: the largest block that wastes at most 1/8 of its lanes."""
+    block = power_of_two(D, 128, MAX_BLOCK)
+    while block > 512 and 8 * (ceil_div(D, block) * block - D) > D:
+        block //= 2
+    return LaunchConfig(block, warps(block, warp_size), VECTOR=16 // width)
+
+
+def per_sample(D: int, width: int, warp_size: int = 32) -> LaunchConfig:
+    """For one program per sample: D covered by one or two powers of two, 3072 = 2048 + 1024.
+
+    The largest samples are halved although they are one power of two: a thread then works on 16
+    elements at a time, and its registers hold the residual of all 32.
+    """
+    block, tail = power_of_two(D, 128, MAX_SAMPLE), 0
+    if block > 128 and (3 * block >= 4 * D or block > MAX_SAMPLE // 2):
+        block //= 2
+        tail = power_of_two(D - block, 128, block)
+    return LaunchConfig(block, warps(block, warp_size), VECTOR=16 // width, TAIL=tail)
+
+
+def chunked(D: int, width: int, warp_size: int = 32) -> LaunchConfig:
+    """For samples of many programs that reduce in a fixed order, at most MAX_CHUNKS of them."""
+    steps = ceil_div(D, LOSS_BLOCK * MAX_CHUNKS)
+    return LaunchConfig(LOSS_BLOCK, warps(LOSS_BLOCK, warp_size), VECTOR=16 // width, STEPS=steps)
+
+
+def chunks(D: int, config: LaunchConfig) -> int:
+    """Programs per sample."""
+    return ceil_div(D, config.BLOCK * config.STEPS)
+
+
+def grid(B: int, D: int, config: LaunchConfig) -> tuple[int]:
+    """One flat axis: the other axes of a grid end at 65535."""
+    # chunks of one sample are neighbours, so programs that run together read memory in order
+    programs = B * chunks(D, config)
+    assert programs < 2**31, f"{programs} programs exceed the grid"
+    return (programs,)
+
+
+def extent(like: Tensor, *others: Tensor | None) -> tuple[int, int]:
+    """(B, D) of `like`; every tensor must be contiguous and of its shape.
+
+    Contiguous, because the noise is a function of the logical element index.
+    """
+    for tensor in (like, *others):
+        if tensor is not None:
+            assert tensor.shape == like.shape, f"{tensor.shape} != {like.shape}"
+            assert tensor.is_contiguous(), "kernels take contiguous samples"
+    D = math.prod(like.shape[1:])
+    assert D <= MAX_ELEMENTS, f"samples of {D} elements exceed 32-bit columns"
+    return like.shape[0], D
+
+
+def check_coefficients(B: int, coefficients: Sequence[Tensor | None]) -> None:
+    """Per-sample coefficients are float32 and contiguous, one for each sample."""
+    for value in coefficients:
+        if value is not None:
+            assert value.dtype == torch.float32 and value.is_contiguous(), value.dtype
+            assert value.numel() == B, f"{value.numel()} coefficients for {B} samples"
+
+
+def check_key(key: Tensor) -> None:
+    assert key.dtype == torch.int64 and key.numel() == 3 and key.is_contiguous()
+
+
+@triton.jit
+def locate(pid, D, CHUNK: tl.constexpr):
+    """Program -> (sample, first column, offset of the row); the offset needs 64 bits."""
+    # a 64-bit division would cost more than the rest: only the products leave 32 bits
+    chunks = tl.cdiv(D, CHUNK)
+    sample = (pid // chunks).to(tl.int64)
+    start = (pid % chunks) * CHUNK
+    return sample, start, sample * D
+
+
+@triton.jit
+def columns(start, D, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a block and which of them exist; a thread is given VECTOR neighbours."""
+    # the hint stands on the range itself: on a sum with a constant 0 it would be folded away
+    cols = start + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
+    return cols, cols < D

@@ -1,0 +1,69 @@
+"""Shared by all tests: interpreted kernels without a GPU, fresh seeds, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# read when a kernel is defined, so before anything imports one
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of random inputs; default: fresh in each run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = int.from_bytes(os.urandom(4), "little")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda is not available"))
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this run and test, set in torch; the run's is printed if the test fails."""
+    run = request.config.option.seed
+    value = zlib.crc32(f"{run} {request.node.nodeid}".encode())
+    torch.manual_seed(value)
+    print(f"random inputs: repeat with --seed {run}")
+    return value
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU through the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.is_meta:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype == torch.bool else tensor.fill_(99)
+
+    return poisoned
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised tensors hold NaN: what a kernel does not write, or reads too early, shows."""
+    monkeypatch.setattr(torch, "empty", _poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poison(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", _poison(Tensor.new_empty))
