@@ -41,7 +41,8 @@ class EMA:
 
     def decay(self, step: Tensor) -> Tensor:
         beta = torch.full_like(step, self.beta, dtype=torch.float64)
-        return torch.minimum(beta, (1.0 + step) / (10.0 + step)) if self.warmup else beta
+        k = step.double()
+        return torch.minimum(beta, (1.0 + k) / (10.0 + k)) if self.warmup else beta
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ Average = EMA | CurriculumEMA | PowerEMA
 @torch.no_grad()
 def update_(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: Tensor) -> None:
     """e <- e + (1 - decay) (p - e) for float32 averages, in place, on the device."""
+    assert len(averages) == len(parameters)
     rate = (1.0 - decay).float()
     for average, parameter in zip(averages, parameters):
         average.lerp_(parameter.detach().float(), rate)

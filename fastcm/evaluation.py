@@ -17,7 +17,7 @@ from fastcm.data import to_unit
 from fastcm.ops import Noised
 from fastcm.parameterization import Parameterization
 from fastcm.rng import NoiseKey
-from fastcm.sampling import predict
+from fastcm.sampling import eval_mode, predict
 from fastcm.schedules import Grid, UniformGrid
 
 _PROJECTIONS, _FEATURES = 0, 1  # seeds
@@ -37,16 +37,15 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 512) -> float
         (projections, x.shape[1]), NoiseKey(_PROJECTIONS), stream=rng.NOISE, dtype=torch.float64
     )
     directions = directions / directions.norm(dim=1, keepdim=True)
-    count = max(len(x), len(y))
-    levels = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    a, b = (_quantiles(samples @ directions.T, levels) for samples in (x, y))
-    return float((a - b).square().mean().sqrt())
-
-
-def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
-    """The empirical quantile function of each column at `levels`: a step function, exact."""
-    rank = (levels * len(values)).floor().long().clamp_max(len(values) - 1)
-    return values.sort(dim=0).values[rank]
+    # both quantile functions are steps: constant between the union of their breakpoints
+    breaks = torch.cat([torch.arange(len(s) + 1, dtype=torch.float64) / len(s) for s in (x, y)])
+    breaks = torch.unique(breaks)
+    width, middle = breaks.diff(), (breaks[1:] + breaks[:-1]) / 2
+    a, b = (
+        (s @ directions.T).sort(dim=0).values[(middle * len(s)).long().clamp_max(len(s) - 1)]
+        for s in (x, y)
+    )
+    return float((width @ (a - b).square()).mean().sqrt())
 
 
 def features(x: Tensor, *, width: int = 1024, count: int = 64) -> Tensor:
@@ -151,7 +150,8 @@ def consistency_gap(
         x = ops.noising(x0, point.alpha, point.sigma, key, out_dtype=torch.float32)
         assert isinstance(x, Tensor)
         a, b, _, _ = p.coefficients(at)
-        f = ops.boundary(closed, predict(net, p, x, at, cond), a, b)
+        with eval_mode(net):
+            f = ops.boundary(closed, predict(net, p, x, at, cond), a, b)
         if before is not None:
             gaps.append((f - before).flatten(1).norm(dim=1).mean().item())
         before = f

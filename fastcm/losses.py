@@ -9,9 +9,9 @@ as LPIPS, serves too.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -21,37 +21,58 @@ from fastcm.paths import Path
 PSEUDO_HUBER_SCALE = 0.00054
 
 
-def _rows(f: Tensor, target: Tensor) -> Tensor:
-    return (f - target).flatten(1)
+class SampleMetric(ABC):
+    """A metric of the residual r = f - target, with its gradient written out for the kernels."""
+
+    @abstractmethod
+    def value(self, r: Tensor) -> Tensor:
+        """The metric of residuals ``[B, D]``, ``[B]``."""
+
+    @abstractmethod
+    def gradient(self, r: Tensor) -> Tensor:
+        """d value / d r, ``[B, D]``."""
+
+    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
+        return self.value((f - target).flatten(1))
 
 
 @dataclass(frozen=True)
-class SquaredL2:
+class SquaredL2(SampleMetric):
     """sum r^2 over the sample."""
 
-    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
-        return _rows(f, target).square().sum(1)
+    def value(self, r: Tensor) -> Tensor:
+        return r.square().sum(1)
+
+    def gradient(self, r: Tensor) -> Tensor:
+        return 2.0 * r
 
 
 @dataclass(frozen=True)
-class L2:
+class L2(SampleMetric):
     """sqrt(sum r^2) over the sample; the gradient at r = 0 is 0."""
 
-    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(_rows(f, target), dim=1)
+    def value(self, r: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(r, dim=1)
         return norm
 
+    def gradient(self, r: Tensor) -> Tensor:
+        norm = self.value(r)[:, None]
+        return torch.where(norm > 0, r / norm, 0.0)
+
 
 @dataclass(frozen=True)
-class L1:
+class L1(SampleMetric):
     """sum |r| over the sample."""
 
-    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
-        return _rows(f, target).abs().sum(1)
+    def value(self, r: Tensor) -> Tensor:
+        return r.abs().sum(1)
+
+    def gradient(self, r: Tensor) -> Tensor:
+        return r.sign()
 
 
 @dataclass(frozen=True)
-class PseudoHuber:
+class PseudoHuber(SampleMetric):
     """sqrt(sum r^2 + c^2) - c over the sample.
 
     Args:
@@ -70,16 +91,19 @@ class PseudoHuber:
         """The constant c for samples of `elements` elements."""
         return PSEUDO_HUBER_SCALE * math.sqrt(elements) if self.c is None else self.c
 
-    def __call__(self, f: Tensor, target: Tensor) -> Tensor:
-        r = _rows(f, target)
+    def value(self, r: Tensor) -> Tensor:
         c = self.scale(r.shape[1])
         squared = r.square().sum(1)
         # the same as sqrt(squared + c^2) - c, without its cancellation near zero
         loss: Tensor = squared / ((squared + c * c).sqrt() + c)
         return loss
 
+    def gradient(self, r: Tensor) -> Tensor:
+        c = self.scale(r.shape[1])
+        return r / (r.square().sum(1, keepdim=True) + c * c).sqrt()
 
-Metric = Union[SquaredL2, L2, L1, PseudoHuber, Callable[[Tensor, Tensor], Tensor]]
+
+Metric = SampleMetric | Callable[[Tensor, Tensor], Tensor]
 
 Weight = Callable[[Tensor, Tensor, Path], Tensor]
 """``weight(t, s, path) -> [B]`` from float64 times ``t > s``; ``s`` is ``t_min`` where a method

@@ -8,79 +8,22 @@ Wrong input raises ValueError or TypeError, naming the argument, before any devi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fastcm import reference, rng
-from fastcm.losses import Metric, PseudoHuber
+from fastcm import gradients as gradients  # registers them
+from fastcm import reference, rng, validation
+from fastcm.losses import Metric, PseudoHuber, SampleMetric
+from fastcm.operators import METRICS
 from fastcm.reference import Denoised as Denoised
 from fastcm.reference import Noised as Noised
 from fastcm.rng import NoiseKey
 
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r:.80}"
-
-
-def _check_samples(name: str, x: object, *, allow_uint8: bool = False) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor [B, ...], got {_describe(x)}")
-    if x.dim() < 2:
-        raise ValueError(f"{name} must have shape [B, ...] of rank >= 2, got {_describe(x)}")
-    if not (x.is_floating_point() or (allow_uint8 and x.dtype == torch.uint8)):
-        wanted = "float or uint8" if allow_uint8 else "float"
-        raise TypeError(f"{name} must be of a {wanted} dtype, got {_describe(x)}")
-    return x
-
-
-def _check_like(name: str, value: object, x: Tensor, x_name: str) -> None:
-    tensor = _check_samples(name, value)
-    if tensor.shape != x.shape or tensor.device != x.device:
-        raise ValueError(
-            f"{name} must have the shape and device of {x_name}, {_describe(x)}, "
-            f"got {_describe(value)}"
-        )
-
-
-def _check_coefficient(name: str, value: object, x: Tensor) -> None:
-    wanted = f"{name} must be a float tensor [{x.shape[0]}] (one per sample) on {x.device}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{wanted}, got {_describe(value)}")
-    if value.shape != x.shape[:1] or value.device != x.device or not value.is_floating_point():
-        raise ValueError(f"{wanted}, got {_describe(value)}")
-
-
-def _check_noise(key: object, stream: int, first_sample: int, device: torch.device) -> None:
-    if not isinstance(key, NoiseKey):
-        raise TypeError(f"key must be a NoiseKey, got {_describe(key)}")
-    if key.device != device:
-        raise ValueError(f"key must be on {device}, got a key on {key.device}; use key.to(device)")
-    if not 0 <= stream < rng.NUM_STREAMS:
-        raise ValueError(f"stream must be in [0, {rng.NUM_STREAMS}), got {stream}")
-    if not 0 <= first_sample < 2**32:
-        raise ValueError(f"first_sample must be in [0, 2**32), got {first_sample}")
-
-
-def _check_state(name: str, x: object) -> Tensor:
-    """Validate a tensor or closed form; returns a tensor of its shape and device."""
-    if not isinstance(x, Noised):
-        return _check_samples(name, x)
-    x0 = _check_samples(f"{name}.x0", x.x0, allow_uint8=True)
-    _check_coefficient(f"{name}.alpha", x.alpha, x0)
-    _check_coefficient(f"{name}.sigma", x.sigma, x0)
-    _check_noise(x.key, x.stream, x.first_sample, x0.device)
-    return x0
-
-
-def _check_map(x_name: str, x: object, F: object, a: object, b: object) -> None:
-    like = _check_state(x_name, x)
-    _check_like("F", F, like, x_name)
-    _check_coefficient("a", a, like)
-    _check_coefficient("b", b, like)
+_fastcm = torch.ops.fastcm
 
 
 def noise(
@@ -116,7 +59,7 @@ def noise(
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
     if device is not None:
         key = key.to(device)
-    _check_noise(key, stream, first_sample, key.device)
+    validation.check_noise(key, stream, first_sample, key.device)
     return reference.noise(shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
 
 
@@ -144,37 +87,33 @@ def noising(
     Raises:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
-    x0 = _check_samples("x0", x0, allow_uint8=True)
+    x0 = validation.check_samples("x0", x0, allow_uint8=True)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor [B] or [2, B], got {_describe(value)}")
+            raise TypeError(
+                f"{name} must be a tensor [B] or [2, B], got {validation.describe(value)}"
+            )
         if (value.dim() == 2 and value.shape[0] != 2) or value.dim() not in (1, 2):
             raise ValueError(
                 f"{name} must have shape [{x0.shape[0]}] or [2, {x0.shape[0]}], "
-                f"got {_describe(value)}"
+                f"got {validation.describe(value)}"
             )
-        _check_coefficient(name, value if value.dim() == 1 else value[0], x0)
+        validation.check_coefficient(name, value if value.dim() == 1 else value[0], x0)
     if alpha.shape != sigma.shape:
         raise ValueError(
             f"alpha and sigma must have the same shape, got {list(alpha.shape)} "
             f"and {list(sigma.shape)}"
         )
-    _check_noise(key, stream, first_sample, x0.device)
+    validation.check_noise(key, stream, first_sample, x0.device)
     if out_dtype is None:
         out_dtype = x0.dtype if x0.is_floating_point() else torch.float32
     if not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a float dtype, got {out_dtype}")
-    pair = alpha.dim() == 2
-    out = reference.noising(
-        x0,
-        alpha if pair else alpha[None],
-        sigma if pair else sigma[None],
-        key,
-        stream=stream,
-        first_sample=first_sample,
-        out_dtype=out_dtype,
+    operator = _fastcm.noising if alpha.dim() == 1 else _fastcm.noising_pair
+    out: Tensor | tuple[Tensor, Tensor] = operator(
+        x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype
     )
-    return (out[0], out[1]) if pair else out[0]
+    return out
 
 
 def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -191,10 +130,12 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
-    _check_map("x", x, F, a, b)
-    return reference.boundary(x, F, a, b)
+    validation.check_map("x", x, F, a, b)
+    out: Tensor = _fastcm.boundary(*_flat(x), F, a, b)
+    return out
 
 
+@overload
 def euler_step(
     x: Tensor | Noised,
     v: Tensor,
@@ -203,7 +144,32 @@ def euler_step(
     v_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
     scale: Tensor | None = None,
-) -> Tensor:
+    input_scale: None = None,
+    input_dtype: None = None,
+) -> Tensor: ...
+@overload
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]: ...
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """An Euler step towards the data, scale x - dt (v_uncond + guidance (v - v_uncond)).
 
     Args:
@@ -213,9 +179,11 @@ def euler_step(
         dt: ``[B]``, t - s > 0.
         v_uncond, guidance: unconditional velocity and guidance weight ``[B]``; both or none.
         scale: ``[B]``; default 1.
+        input_scale, input_dtype: ask for the network's input at s too, input_scale x_s (``[B]``,
+            default 1) in input_dtype, written in the same pass.
 
     Returns:
-        x_s ``[B, ...]``, float32 (float64 if an input is).
+        x_s ``[B, ...]``, float32 (float64 if an input is), or the pair (x_s, network input).
 
     Raises:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device; one of
@@ -223,17 +191,24 @@ def euler_step(
 
     Source: seed eq. 8; classifier-free guidance, Ho & Salimans 2022.
     """
-    like = _check_state("x", x)
-    _check_like("v", v, like, "x")
-    _check_coefficient("dt", dt, like)
+    like = validation.check_state("x", x)
+    validation.check_like("v", v, like, "x")
+    validation.check_coefficient("dt", dt, like)
     if (v_uncond is None) != (guidance is None):
         raise ValueError("v_uncond and guidance go together: give both or none")
     if v_uncond is not None:
-        _check_like("v_uncond", v_uncond, like, "x")
-        _check_coefficient("guidance", guidance, like)
+        validation.check_like("v_uncond", v_uncond, like, "x")
+        validation.check_coefficient("guidance", guidance, like)
     if scale is not None:
-        _check_coefficient("scale", scale, like)
-    return reference.euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale)
+        validation.check_coefficient("scale", scale, like)
+    if input_scale is not None:
+        validation.check_coefficient("input_scale", input_scale, like)
+        if input_dtype is None:
+            raise ValueError("input_scale needs input_dtype, the dtype of the scaled result")
+    x_s, scaled = _fastcm.euler_step(
+        *_flat(x), v, dt, v_uncond, guidance, scale, input_scale, input_dtype
+    )
+    return x_s if input_dtype is None else (x_s, scaled)
 
 
 def sampler_update(
@@ -264,14 +239,13 @@ def sampler_update(
 
     Source: seed eq. 11; Song et al. 2023, algorithm 1.
     """
-    x = _check_samples("x", x)
-    _check_map("x", x, F, a, b)
-    _check_coefficient("alpha", alpha, x)
-    _check_coefficient("sigma", sigma, x)
-    _check_noise(key, stream, first_sample, x.device)
-    return reference.sampler_update(
-        x, F, a, b, alpha, sigma, key, stream=stream, first_sample=first_sample
-    )
+    x = validation.check_samples("x", x)
+    validation.check_map("x", x, F, a, b)
+    validation.check_coefficient("alpha", alpha, x)
+    validation.check_coefficient("sigma", sigma, x)
+    validation.check_noise(key, stream, first_sample, x.device)
+    out: Tensor = _fastcm.sampler_update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
+    return out
 
 
 def consistency_loss(
@@ -301,21 +275,94 @@ def consistency_loss(
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device; a metric
             that does not return ``[B]``.
     """
-    _check_map("x_t", x_t, F, a, b)
+    validation.check_map("x_t", x_t, F, a, b)
     if isinstance(target, Denoised):
-        _check_state("target.x", target.x)
-        _check_like("target.F", target.F, F, "F")
-        _check_coefficient("target.a", target.a, F)
-        _check_coefficient("target.b", target.b, F)
-    elif _check_state("target", target).shape != F.shape:
-        raise ValueError(f"target must have the shape of F, {list(F.shape)}")
+        validation.check_state("target.x", target.x, like=F)
+        validation.check_like("target.F", target.F, F, "F")
+        validation.check_coefficient("target.a", target.a, F)
+        validation.check_coefficient("target.b", target.b, F)
+    else:
+        validation.check_state("target", target, like=F)
     if weight is not None:
-        _check_coefficient("weight", weight, F)
+        validation.check_coefficient("weight", weight, F)
     if not callable(metric):
-        raise TypeError(f"metric must be callable (f, target) -> [B], got {_describe(metric)}")
-    mean, losses = reference.consistency_loss(F, x_t, a, b, target, metric=metric, weight=weight)
+        raise TypeError(
+            f"metric must be callable (f, target) -> [B], got {validation.describe(metric)}"
+        )
+    if isinstance(metric, SampleMetric):
+        losses = _loss(F, x_t, a, b, target, metric, weight)
+    else:
+        losses = metric(boundary(_detach(x_t), F, a.detach(), b.detach()), _value(target))
+        if weight is not None:
+            losses = losses * weight.detach().to(losses.dtype)
     if losses.shape != F.shape[:1]:
         raise ValueError(
             f"metric must return one value per sample, [{F.shape[0]}], got {list(losses.shape)}"
         )
-    return mean, losses
+    return losses.mean(), losses
+
+
+def _loss(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    metric: SampleMetric,
+    weight: Tensor | None,
+) -> Tensor:
+    source: Tensor | Noised
+    target_map: tuple[Tensor | None, ...] = (None, None, None)
+    if isinstance(target, Denoised):
+        source = target.x
+        target_map = target.F.detach(), target.a, target.b
+    else:
+        source = target
+    shared = isinstance(x_t, Noised) and isinstance(source, Noised) and _same_noise(x_t, source)
+    y, *noise_of_y = _flat(source)
+    c = metric.scale(math.prod(F.shape[1:])) if isinstance(metric, PseudoHuber) else 1.0
+    losses, _ = _fastcm.consistency_loss(
+        F,
+        *_flat(x_t),
+        a,
+        b,
+        None if shared else y,
+        *noise_of_y,
+        *target_map,
+        weight,
+        METRICS.index(type(metric)),
+        c,
+    )
+    out: Tensor = losses
+    return out
+
+
+def _same_noise(x: Noised, y: Noised) -> bool:
+    return (
+        x.x0 is y.x0
+        and x.key.tensor is y.key.tensor
+        and (x.stream, x.first_sample) == (y.stream, y.first_sample)
+    )
+
+
+def _flat(x: Tensor | Noised) -> tuple[Any, ...]:
+    """A tensor or closed form as the operators take it."""
+    if isinstance(x, Noised):
+        return x.x0, x.alpha, x.sigma, x.key.tensor, x.stream, x.first_sample
+    return x, None, None, None, 0, 0
+
+
+def _detach(x: Tensor | Noised) -> Tensor | Noised:
+    return x if isinstance(x, Noised) else x.detach()
+
+
+@torch.no_grad()
+def _value(target: Tensor | Noised | Denoised) -> Tensor:
+    if isinstance(target, Denoised):
+        return boundary(target.x, target.F, target.a, target.b)
+    if isinstance(target, Noised):
+        x0, alpha, sigma, key, stream, first_sample = _flat(target)
+        dtype = reference.compute_dtype(x0)
+        out: Tensor = _fastcm.noising(x0, alpha, sigma, key, stream, first_sample, dtype)
+        return out
+    return target.detach()

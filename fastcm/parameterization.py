@@ -82,19 +82,24 @@ class Parameterization:
     def coefficients(self, t: Tensor) -> Coefficients:
         """Denoiser and velocity coefficients at times ``t`` ``[B]``.
 
-        The velocity of predictions other than "v" is singular where sigma or alpha is 0.
+        The velocity is singular where sigma or alpha is 0, except of "v" on `Linear`,
+        `VarianceExploding` and `TrigFlow`.
         """
         at = self.path.at(t)
+        # in the dtype of t: a float32 t_min is not the float64 one
+        start = t <= torch.full((), self.path.t_min, dtype=t.dtype, device=t.device)
         if self.prediction in ("edm", "cm"):
             a, b = self._preconditioning(at)
             slope = at.alpha_dot - at.alpha * at.sigma_dot / at.sigma
-            return Coefficients(a, b, at.sigma_dot / at.sigma + slope * a, slope * b)
+            c, d = at.sigma_dot / at.sigma + slope * a, slope * b
+            if self.prediction == "cm":
+                a, b = a.masked_fill(start, 1.0), b.masked_fill(start, 0.0)
+            return Coefficients(a, b, c, d)
         p, q = self.target(t)
         det = at.alpha * q - at.sigma * p
         a, b = q / det, -at.sigma / det
         c = (at.alpha_dot * q - at.sigma_dot * p) / det
         d = (at.sigma_dot * at.alpha - at.alpha_dot * at.sigma) / det
-        start = t.double() <= self.path.t_min
         return Coefficients(a.masked_fill(start, 1.0), b.masked_fill(start, 0.0), c, d)
 
     def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,8 +181,9 @@ class VariancePreserving(Path):
     """x_t = sqrt(abar) x0 + sqrt(1 - abar) z on the discrete schedule of DDPM, made continuous.
 
     t = k is the state after k noising steps: abar(0) = 1 is data and index i of a DDPM schedule is
-    t = i + 1, which the network is told as c_noise = i. Between the integers ln abar is linear.
-    Here "v" is alpha z - sigma x0 (Salimans & Ho 2022), the velocity per unit angle.
+    t = i + 1, which the network is told as c_noise = i (0 below t = 1, where DDPM has no index).
+    Between the integers ln abar is linear. Here "v" is alpha z - sigma x0 (Salimans & Ho 2022),
+    the velocity per unit angle.
 
     Args:
         num_steps: length of the schedule, >= 2.

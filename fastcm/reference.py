@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcm import rng
-from fastcm.losses import Metric
+from fastcm.losses import Metric, SampleMetric
 from fastcm.rng import NoiseKey
 
 
@@ -95,10 +95,12 @@ def noising(
     return tuple((lift(a, x0) * x0 + lift(s, x0) * z).to(out_dtype) for a, s in zip(alpha, sigma))
 
 
-def regenerate(x: Tensor | Noised, dtype: torch.dtype) -> Tensor:
+def regenerate(x: Tensor | Noised | Denoised, dtype: torch.dtype) -> Tensor:
     """`x` as a tensor of `dtype`, made from its closed form if it is one."""
     if isinstance(x, Tensor):
         return x.to(dtype)
+    if isinstance(x, Denoised):
+        return boundary(x.x, x.F, x.a, x.b).to(dtype)
     return noising(
         x.x0,
         x.alpha[None],
@@ -168,12 +170,29 @@ def consistency_loss(
     """weight metric(a x_t + b F, target): its mean and the ``[B]`` values; gradient to F only."""
     dtype = compute_dtype(F)
     with torch.no_grad():
-        x = regenerate(x_t, dtype)
-        if isinstance(target, Denoised):
-            y = boundary(target.x, target.F, target.a, target.b).to(dtype)
-        else:
-            y = regenerate(target, dtype)
-    losses = metric(lift(a, x) * x + lift(b, x) * F.to(dtype), y)
+        x, y = regenerate(x_t, dtype).detach(), regenerate(target, dtype).detach()
+        a, b = lift(a, x), lift(b, x)
+    losses = metric(a * x + b * F.to(dtype), y)
     if weight is not None:
-        losses = losses * weight.to(dtype)
+        losses = losses * weight.detach().to(dtype)
     return losses.mean(), losses
+
+
+def consistency_loss_and_gradient(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    *,
+    metric: SampleMetric,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``[B]`` values of `consistency_loss` and d losses / d F in the dtype of F."""
+    dtype = compute_dtype(F)
+    x, y = regenerate(x_t, dtype), regenerate(target, dtype)
+    r = (lift(a, x) * x + lift(b, x) * F.to(dtype) - y).flatten(1)
+    losses, slope = metric.value(r), lift(b, r) * metric.gradient(r)
+    if weight is not None:
+        losses, slope = losses * weight.to(dtype), lift(weight, r) * slope
+    return losses, slope.reshape(F.shape).to(F.dtype)

@@ -110,19 +110,27 @@ pytree.register_pytree_node(
 )
 
 
+def _multiply(c: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product.
+
+    A product beyond int64 is undefined behaviour in the C++ of compiled code, so c (m - 2^32) is
+    formed, which fits, and c 2^32 is added to the high word afterwards.
+    """
+    product = c * (m - 2**32)
+    return (product >> 32) + c, product & MASK32
+
+
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> list[Tensor]:
     """Philox4x32: four counter words and two key words to four random words.
 
-    Words are uint32 held in int64 tensors that broadcast against each other. 32 x 32 bit
-    products wrap in int64; their bits, read back with shift and mask, are those of uint64.
+    Words are uint32 held in int64 tensors that broadcast against each other.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     m0, m1 = _MULTIPLIERS
     for _ in range(rounds):
-        p0, p1 = c0 * m0, c2 * m1
-        c0, c1 = (p1 >> 32 & MASK32) ^ c1 ^ k0, p1 & MASK32
-        c2, c3 = (p0 >> 32 & MASK32) ^ c3 ^ k1, p0 & MASK32
+        (high0, low0), (high1, low1) = _multiply(c0, m0), _multiply(c2, m1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & MASK32, (k1 + _WEYL[1]) & MASK32
     return [c0, c1, c2, c3]
 

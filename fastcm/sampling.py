@@ -336,7 +336,7 @@ class Sampler:
         if cond is not None and len(cond) != shape[0]:
             raise ValueError(f"cond must have one row per sample, {shape[0]}, got {len(cond)}")
         key = NoiseKey(seed, device=self.device)
-        with _eval_mode(self.net):
+        with eval_mode(self.net):
             parts = [
                 self._batch(
                     (min(self.batch_size, shape[0] - i), *shape[1:]),
@@ -396,10 +396,12 @@ class Sampler:
 
 
 @contextmanager
-def _eval_mode(net: nn.Module) -> Iterator[None]:
-    training = net.training
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """The network in eval mode; afterwards every submodule is in the mode it was in."""
+    before = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
         yield
     finally:
-        net.train(training)
+        for module, training in before:
+            module.training = training

@@ -106,9 +106,10 @@ class ICTCurriculum:
 
     def points(self, step: Tensor) -> Tensor:
         """N at step k, int64."""
-        doublings = math.floor(math.log2(self.s1 // self.s0)) + 1
-        every = max(self.total_steps // doublings, 1)
-        stage = torch.div(step, every, rounding_mode="floor").clamp_max(doublings)
+        doublings = math.log2(self.s1 // self.s0) + 1
+        every = max(math.floor(self.total_steps / doublings), 1)
+        # past s1 already, and 2^stage must not overflow
+        stage = torch.div(step, every, rounding_mode="floor").clamp_max(math.ceil(doublings))
         return (self.s0 * 2**stage).clamp_max(self.s1) + 1
 
 

@@ -65,7 +65,7 @@ def test_power_function_exponents_solve_the_cubic_over_the_whole_range():
 
 @pytest.mark.parametrize("std", [0.05, 0.10, 0.2])
 def test_the_power_average_weights_the_past_as_t_to_the_gamma(std):
-    """Unroll the update over n steps: the weight of step t is (t / n)^gamma, of relative width std."""
+    """Unroll the update over n steps: step t has weight (t / n)^gamma, of relative width std."""
     n = 4000
     average = PowerEMA(std)
     beta = average.decay(torch.arange(n))

@@ -104,9 +104,14 @@ def closed_forms() -> tuple[Noised, Denoised, Tensor, Tensor]:
     return noised, target, x0, y
 
 
+def custom(f: Tensor, target: Tensor) -> Tensor:
+    return (f - target).pow(4).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("metric", [PseudoHuber(), custom], ids=["built in", "callable"])
 @pytest.mark.parametrize("form", ["tensor", "closed"])
 @pytest.mark.parametrize("which", ["x_t", "target"])
-def test_the_gradient_goes_to_the_student_output_only(which, form):
+def test_the_gradient_goes_to_the_student_output_only(which, form, metric):
     """A target network's output or a state that requires gradient is a constant here."""
     F = double(*SHAPE, grad=True)
     x, target, x0, y = closed_forms()
@@ -114,16 +119,17 @@ def test_the_gradient_goes_to_the_student_output_only(which, form):
     if form == "tensor":
         others.append(double(*SHAPE, grad=True))
         x, target = (others[-1], target) if which == "x_t" else (x, others[-1])
-    mean, _ = ops.consistency_loss(F, x, torch.rand(B), torch.rand(B), target)
+    mean, _ = ops.consistency_loss(F, x, torch.rand(B), torch.rand(B), target, metric=metric)
     student, *rest = torch.autograd.grad(mean, [F, *others], allow_unused=True)
     assert student.abs().max() > 0
     assert [g for g in rest if g is not None] == []
 
 
-def test_the_coefficients_and_the_weight_get_no_gradient():
+@pytest.mark.parametrize("metric", [PseudoHuber(), custom], ids=["built in", "callable"])
+def test_the_coefficients_and_the_weight_get_no_gradient(metric):
     F, x, target = (double(*SHAPE, grad=True) for _ in range(3))
     a, b, w = (torch.rand(B, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    mean, _ = ops.consistency_loss(F, x, a, b, target, weight=w)
+    mean, _ = ops.consistency_loss(F, x, a, b, target, metric=metric, weight=w)
     assert torch.autograd.grad(mean, [a, b, w], allow_unused=True) == (None, None, None)
 
 

@@ -224,7 +224,12 @@ class GaussianNetwork(nn.Module):
 @pytest.mark.parametrize(("served", "as_"), LEGAL, ids=str)
 @pytest.mark.parametrize(
     ("trained", "prediction"),
-    [(Linear(), "v"), (VarianceExploding(), "cm"), (VariancePreserving(), "eps"), (TrigFlow(), "v")],
+    [
+        (Linear(), "v"),
+        (VarianceExploding(), "cm"),
+        (VariancePreserving(), "eps"),
+        (TrigFlow(), "v"),
+    ],
     ids=str,
 )
 def test_a_network_of_one_path_serves_every_other(trained, prediction, served, as_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_lognormal_intervals_have_the_mass_of_the_discretised_density(seed, n):
     path, grid, u = VarianceExploding(), KarrasGrid(), uniforms(seed)
     times = grid.time(torch.arange(n + 1), n, path)
     edge = [math.erf((math.log(v) + 1.1) / (math.sqrt(2) * 2.0)) for v in times.tolist()]
-    mass = [(b - a) / (edge[-1] - edge[0]) for a, b in zip(edge, edge[1:])]
+    mass = [(b - a) / (edge[-1] - edge[0]) for a, b in pairwise(edge)]
     t, s = draw_interval(u, n, grid, path, LogNormal())
     k = torch.searchsorted(times, t)
     assert torch.equal(times[k], t) and torch.equal(times[k - 1], s)

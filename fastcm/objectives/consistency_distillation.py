@@ -11,10 +11,9 @@ from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.objectives.base import Batch, Loss, Network, check_output, unconditional
-from fastcm.objectives.consistency_training import check_discretization
+from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised
 from fastcm.parameterization import Parameterization
-from fastcm.reference import lift
 from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals
 
 
@@ -48,7 +47,7 @@ class ConsistencyDistillation:
     null_condition: Tensor | int | None = None
 
     def __post_init__(self) -> None:
-        check_discretization(self.discretization)
+        check_consistency(self.parameterization, self.discretization)
         if not isinstance(self.teacher, nn.Module):
             raise TypeError(f"teacher must be an nn.Module, got {type(self.teacher).__name__}")
         theirs = self.teacher_parameterization
@@ -71,9 +70,7 @@ class ConsistencyDistillation:
         (input_t,) = batch.network_inputs(p, t)
         at_t, at_s = p.coefficients(t), p.coefficients(s)
         with torch.no_grad():
-            x_s = self._teacher_step(batch, t, s, input_t)
-            c_in = p.c_in(s)
-            input_s = (x_s if c_in is None else lift(c_in, x_s) * x_s).to(batch.input_dtype)
+            x_s, input_s = self._teacher_step(batch, t, s, input_t)
             F_s = target_net(input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
         return Loss(
@@ -88,19 +85,36 @@ class ConsistencyDistillation:
             )
         )
 
-    def _teacher_step(self, batch: Batch, t: Tensor, s: Tensor, input_t: Tensor) -> Tensor:
-        """xhat_s in float32; c_in belongs to the path, so the student's input serves."""
-        q = self.teacher_parameterization or self.parameterization
-        at, dt, cond = q.coefficients(t), t - s, batch.cond
-        x_t, step, scale = batch.at(q, t), dt * at.d, 1.0 - dt * at.c
+    def _teacher_step(
+        self, batch: Batch, t: Tensor, s: Tensor, input_t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """xhat_s in float32 and the target network's input.
+
+        c_in belongs to the path, so the student's input serves the teacher.
+        """
+        p = self.parameterization
+        q = self.teacher_parameterization or p
+        at, dt = q.coefficients(t), t - s
+        c_noise, cond = q.c_noise(t), batch.cond
+        F_uncond = weight = None
         if self.guidance is None:
-            F = check_output("teacher", self.teacher(input_t, q.c_noise(t), cond), input_t)
-            return ops.euler_step(x_t, F, step, scale=scale)
-        if cond is None:
+            F = check_output("teacher", self.teacher(input_t, c_noise, cond), input_t)
+        elif cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")
-        inputs = torch.cat([input_t, input_t])
-        conds = torch.cat([cond, unconditional(cond, self.null_condition)])
-        F = check_output("teacher", self.teacher(inputs, q.c_noise(t).repeat(2), conds), inputs)
-        F_cond, F_uncond = F.chunk(2)
-        weight = torch.full_like(t, self.guidance)
-        return ops.euler_step(x_t, F_cond, step, v_uncond=F_uncond, guidance=weight, scale=scale)
+        else:
+            inputs = torch.cat([input_t, input_t])
+            conds = torch.cat([cond, unconditional(cond, self.null_condition)])
+            both = check_output("teacher", self.teacher(inputs, c_noise.repeat(2), conds), inputs)
+            F, F_uncond = both.chunk(2)
+            weight = torch.full_like(t, self.guidance)
+        x_s, input_s = ops.euler_step(
+            batch.at(q, t),
+            F,
+            dt * at.d,
+            v_uncond=F_uncond,
+            guidance=weight,
+            scale=1.0 - dt * at.c,
+            input_scale=p.c_in(s),
+            input_dtype=batch.input_dtype,
+        )
+        return x_s, input_s

@@ -40,7 +40,7 @@ class ConsistencyTraining:
     target_average: Average = EMA(0.9)
 
     def __post_init__(self) -> None:
-        check_discretization(self.discretization)
+        check_consistency(self.parameterization, self.discretization)
 
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
@@ -67,7 +67,12 @@ class ConsistencyTraining:
         )
 
 
-def check_discretization(n: int | Curriculum) -> None:
-    """Raise ValueError for a number of intervals below 1."""
+def check_consistency(p: Parameterization, n: int | Curriculum) -> None:
+    """Raise ValueError for a student without boundary condition or fewer than 1 interval."""
+    if p.prediction == "edm":
+        raise ValueError(
+            "prediction 'edm' is not the identity at t_min, as a consistency model must be; "
+            "use 'cm', which takes the same weights"
+        )
     if isinstance(n, int) and n < 1:
         raise ValueError(f"discretization must be >= 1 interval, got {n}")

@@ -1,0 +1,77 @@
+"""Where the implementation of an operator is chosen, and its operands prepared.
+
+Kernels take contiguous samples and float32 coefficients. Other layouts are permuted without a copy
+where all operands share one dense layout with the batch outermost (channels_last) and no noise is
+made, whose elements are counted in logical order; else they are copied once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcm.reference import Noised
+from fastcm.rng import NoiseKey
+
+try:
+    from fastcm.kernels.noising import State
+
+    HAS_KERNELS = True
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "triton":
+        raise
+    HAS_KERNELS = False
+
+
+def on_kernel(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go to the kernels: on a GPU, and none in float64."""
+    present = [t for t in tensors if t is not None]
+    return HAS_KERNELS and all(t.is_cuda and t.dtype != torch.float64 for t in present)
+
+
+def coefficient(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(torch.float32).contiguous()
+
+
+def f32(value: Tensor) -> Tensor:
+    return value.to(torch.float32).contiguous()
+
+
+def layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Contiguous views or copies of `tensors`, and the permutation that leads back.
+
+    One dense layout with the batch outermost, shared by all, is permuted; else it is copied.
+    """
+    first = next(t for t in tensors if t is not None)
+    strides = first.stride()
+    order = sorted(range(first.dim()), key=lambda i: (-strides[i], i))
+    views = [None if t is None else t.permute(order) for t in tensors]
+    if order[0] != 0 or not all(v is None or v.is_contiguous() for v in views):
+        order = list(range(first.dim()))
+        views = [None if t is None else t.contiguous() for t in tensors]
+    back = sorted(range(first.dim()), key=order.__getitem__)
+    return views, back
+
+
+def state(
+    x: Tensor,
+    alpha: Tensor | None,
+    sigma: Tensor | None,
+    key: Tensor | None,
+    stream: int,
+    first_sample: int,
+) -> State:
+    return State(x.contiguous(), coefficient(alpha), coefficient(sigma), key, stream, first_sample)
+
+
+def closed(
+    x: Tensor,
+    alpha: Tensor | None,
+    sigma: Tensor | None,
+    key: Tensor | None,
+    stream: int,
+    first_sample: int,
+) -> Tensor | Noised:
+    if alpha is None or sigma is None or key is None:
+        return x
+    return Noised(x, alpha, sigma, NoiseKey.wrap(key), stream, first_sample)
