@@ -141,7 +141,9 @@ def blocks(
     """The four Philox words of each block of four elements, ``[samples, quads]`` each."""
     device = state.device
     seed, step, first = state.unbind()
-    c0 = torch.arange(quads, device=device)[None, :]
+    # masked, so that the compiler does not take the products for index arithmetic, whose vectors
+    # overflow (torch 2.13)
+    c0 = torch.arange(quads, device=device)[None, :] & MASK32
     c1 = (torch.arange(samples, device=device)[:, None] + (first + first_sample)) & MASK32
     c2 = step & MASK32
     c3 = (step >> 32 & 0xFFFFFF) | (stream << 24)
