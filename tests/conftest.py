@@ -7,6 +7,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+# tiny tensors: threads cost more than they give, several times so where cores are shared
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from fastcm import ops, rng
 from fastcm.ema import Average
 from fastcm.ops import Noised
 from fastcm.parameterization import Parameterization
+from fastcm.reference import lift
 from fastcm.rng import NoiseKey
 
 Network = Callable[..., Tensor]
@@ -54,26 +55,49 @@ class Batch:
         """alpha x0 + sigma z of this step's noise, in closed form."""
         return Noised(self.x0, alpha, sigma, self.key, rng.NOISE, self.first_sample)
 
-    def at(self, p: Parameterization, t: Tensor) -> Noised:
-        """x_t in closed form."""
-        point = p.path.at(t)
-        return self.affine(point.alpha, point.sigma)
+    def versions(self, *coefficients: tuple[Tensor, Tensor]) -> tuple[Tensor | Noised, ...]:
+        """alpha x0 + sigma z for one or two (alpha, sigma), as operands of the loss.
 
-    def network_inputs(self, p: Parameterization, *times: Tensor) -> tuple[Tensor, ...]:
-        """c_in x_t for one or two times that share z, in the dtype of the network's input."""
-        rows = []
-        for t in times:
-            point, c_in = p.path.at(t), p.c_in(t)
-            scale = torch.ones_like(point.alpha) if c_in is None else c_in
-            rows.append((scale * point.alpha, scale * point.sigma))
-        alpha, sigma = (torch.stack(list(c)) for c in zip(*rows))
+        In closed form on a GPU, where memory traffic is what costs; stored in float32 on a CPU,
+        where making the noise a second time is. Both have the same bits.
+        """
+        if self.x0.device.type != "cpu":
+            return tuple(self.affine(alpha, sigma) for alpha, sigma in coefficients)
+        return self._noising(coefficients, torch.float32)
+
+    def states(self, p: Parameterization, *times: Tensor) -> tuple[Tensor | Noised, ...]:
+        """x_t for one or two times that share z; see `versions`."""
+        return self.versions(*(p.path.at(t)[:2] for t in times))
+
+    def network_inputs(
+        self, p: Parameterization, *states: tuple[Tensor, Tensor | Noised]
+    ) -> tuple[Tensor, ...]:
+        """c_in x_t in the dtype of the network's input, for one or two (t, x_t)."""
+        closed = []
+        for t, x in states:
+            c_in = p.c_in(t)
+            if isinstance(x, Noised):
+                scale = torch.ones_like(x.alpha) if c_in is None else c_in
+                closed.append((scale * x.alpha, scale * x.sigma))
+        if closed:
+            return self._noising(closed, self.input_dtype)
+        return tuple(self._scaled(p.c_in(t), x) for t, x in states if isinstance(x, Tensor))
+
+    def _scaled(self, c_in: Tensor | None, x: Tensor) -> Tensor:
+        return (x if c_in is None else lift(c_in, x) * x).to(self.input_dtype)
+
+    def _noising(
+        self, coefficients: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        alpha, sigma = (torch.stack(list(c)) for c in zip(*coefficients))
+        pair = len(coefficients) > 1
         out = ops.noising(
             self.x0,
-            alpha if len(times) > 1 else alpha[0],
-            sigma if len(times) > 1 else sigma[0],
+            alpha if pair else alpha[0],
+            sigma if pair else sigma[0],
             self.key,
             first_sample=self.first_sample,
-            out_dtype=self.input_dtype,
+            out_dtype=dtype,
         )
         return out if isinstance(out, tuple) else (out,)
 

@@ -12,7 +12,7 @@ from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.objectives.base import Batch, Loss, Network, check_output, unconditional
 from fastcm.objectives.consistency_training import check_consistency
-from fastcm.ops import Denoised
+from fastcm.ops import Denoised, Noised
 from fastcm.parameterization import Parameterization
 from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals
 
@@ -66,11 +66,11 @@ class ConsistencyDistillation:
         p = self.parameterization
         n = intervals(self.discretization, batch.key.step)
         t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
-        x_t = batch.at(p, t)
-        (input_t,) = batch.network_inputs(p, t)
+        (x_t,) = batch.states(p, t)
+        (input_t,) = batch.network_inputs(p, (t, x_t))
         at_t, at_s = p.coefficients(t), p.coefficients(s)
         with torch.no_grad():
-            x_s, input_s = self._teacher_step(batch, t, s, input_t)
+            x_s, input_s = self._teacher_step(batch, t, s, x_t, input_t)
             F_s = target_net(input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
         return Loss(
@@ -86,7 +86,7 @@ class ConsistencyDistillation:
         )
 
     def _teacher_step(
-        self, batch: Batch, t: Tensor, s: Tensor, input_t: Tensor
+        self, batch: Batch, t: Tensor, s: Tensor, x_t: Tensor | Noised, input_t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """xhat_s in float32 and the target network's input.
 
@@ -108,7 +108,7 @@ class ConsistencyDistillation:
             F, F_uncond = both.chunk(2)
             weight = torch.full_like(t, self.guidance)
         x_s, input_s = ops.euler_step(
-            batch.at(q, t),
+            x_t,
             F,
             dt * at.d,
             v_uncond=F_uncond,

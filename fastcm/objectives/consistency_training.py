@@ -48,16 +48,17 @@ class ConsistencyTraining:
         p = self.parameterization
         n = intervals(self.discretization, batch.key.step)
         t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
-        input_t, input_s = batch.network_inputs(p, t, s)
+        x_t, x_s = batch.states(p, t, s)
+        input_t, input_s = batch.network_inputs(p, (t, x_t), (s, x_s))
         at_t, at_s = p.coefficients(t), p.coefficients(s)
         with torch.no_grad():
             F_s = target_net(input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
-        target = Denoised(batch.at(p, s), F_s, at_s.a, at_s.b)
+        target = Denoised(x_s, F_s, at_s.a, at_s.b)
         return Loss(
             *ops.consistency_loss(
                 F_t,
-                batch.at(p, t),
+                x_t,
                 at_t.a,
                 at_t.b,
                 target,

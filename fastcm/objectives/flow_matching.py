@@ -54,17 +54,18 @@ class FlowMatching:
         if self.null_condition is not None and self.condition_dropout > 0:
             batch = batch.without_condition(self.null_condition, self.condition_dropout)
         t = self.times(batch.uniform(rng.TIME), p.path.t_min, p.path.t_max)
-        (x,) = batch.network_inputs(p, t)
+        x_t, target = batch.versions(p.path.at(t)[:2], p.target(t))
+        (x,) = batch.network_inputs(p, (t, x_t))
         F = check_output("net", net(x, p.c_noise(t), batch.cond), x)
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         # the error of F itself: a = 0, b = 1
         return Loss(
             *ops.consistency_loss(
                 F,
-                batch.at(p, t),
+                x_t,
                 zero,
                 one,
-                batch.affine(*p.target(t)),
+                target,
                 metric=self.metric,
                 weight=self.weight(t, torch.full_like(t, p.path.t_min), p.path),
             )

@@ -1,0 +1,203 @@
+"""Shared by the benchmarks: check first, then time the columns of a case interleaved in one run.
+
+A case is refused, not timed, if one of its columns is not as close to the float64 reference as
+plain torch in the same dtype (twice its error, plus what the noise contract allows). Times are
+medians over rounds in which every column runs once; ratios are medians of the rounds' own ratios,
+so that a drifting clock does not count. On a GPU a column is a captured CUDA graph of several
+calls, timed by events, next to a copy of as many bytes as the case must move.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import nvml
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ATOL = 2e-5
+"""On outputs of order 1: normals agree to 4e-6 in general, MATH of the noise contract."""
+
+Function = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape and dtype.
+
+    Args:
+        name: of the operation.
+        shape, dtype: of its samples.
+        columns: what is timed, by name; "fastcm" among them.
+        check: arguments-free functions that return what each column computes, on the same noise.
+        reference: the float64 result, one tensor for each output.
+        bytes: what the operation must move at least.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    columns: Mapping[str, Function]
+    check: Mapping[str, Function]
+    reference: tuple[Tensor, ...]
+    bytes: int
+
+    @property
+    def id(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"{self.name} {size} {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass
+class Report:
+    """The rows of one benchmark file, written as JSON with the machine they were measured on."""
+
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, before: dict[str, Any] | None) -> Path:
+        folder = Path(os.environ.get("OUT") or RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        device = "gpu" if torch.cuda.is_available() else "cpu"
+        path = folder / f"{self.name}_{device}.json"
+        body = {"machine": machine(), "gpu_state": nvml.difference(before), "rows": self.rows}
+        path.write_text(json.dumps(body, indent=1) + "\n")
+        return path
+
+
+def flat(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def verify(case: Case) -> dict[str, float]:
+    """The largest error of each column against float64; raises AssertionError where it is wrong."""
+    errors = {
+        name: max(
+            (out.double() - ref).abs().max().item()
+            for out, ref in zip(flat(compute()), case.reference, strict=True)
+        )
+        for name, compute in case.check.items()
+    }
+    scale = max(1.0, *(ref.abs().max().item() for ref in case.reference))
+    for name, error in errors.items():
+        limit = 2 * errors["eager"] + ATOL * scale
+        assert error <= limit, f"{case.id}: {name} is off by {error:.3g}, allowed are {limit:.3g}"
+    return errors
+
+
+def measure(case: Case, *, rounds: int = 15, seconds: float = 0.03) -> dict[str, Any]:
+    """Check a case, time its columns, and return its row of the report."""
+    errors = verify(case)
+    cuda = case.reference[0].is_cuda
+    columns = dict(case.columns)
+    if cuda:
+        source = torch.empty(case.bytes // 2, dtype=torch.uint8, device="cuda")
+        sink = torch.empty_like(source)
+        columns["copy"] = lambda: sink.copy_(source)
+    timers = {n: (_graph_timer if cuda else _host_timer)(f, seconds) for n, f in columns.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    names = list(timers)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(timers[name]())
+    row: dict[str, Any] = {
+        "case": case.name,
+        "shape": list(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes": case.bytes,
+        "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
+        "max_error": errors,
+    }
+    for name in ("eager", "compiled", "copy"):
+        if name in samples:
+            pairs = zip(samples[name], samples["fastcm"])
+            row[f"{name}/fastcm"] = statistics.median(a / b for a, b in pairs)
+    return row
+
+
+def _host_timer(function: Function, seconds: float) -> Callable[[], float]:
+    function()
+    start = time.perf_counter()
+    function()
+    calls = max(1, round(seconds / max(time.perf_counter() - start, 1e-6)))
+
+    def timer() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    return timer
+
+
+def _graph_timer(function: Function, seconds: float, calls: int = 10) -> Callable[[], float]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    edges = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def replay(times: int) -> float:
+        edges[0].record()
+        for _ in range(times):
+            graph.replay()
+        edges[1].record()
+        edges[1].synchronize()
+        return edges[0].elapsed_time(edges[1]) / 1e3 / times / calls
+
+    replay(1)
+    times = max(1, round(seconds / max(replay(1) * calls, 1e-6)))
+    return lambda: replay(times)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    try:
+        import triton
+
+        triton_version: str | None = triton.__version__
+    except ModuleNotFoundError:
+        triton_version = None
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
+    ).stdout.strip()
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **nvml.static()}
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
