@@ -2,13 +2,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# From source, with the torch and triton that $(PYTHON) has: correctness, then benchmarks.
+# Results go to $$OUT if set, else benchmarks/results/.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m pytest -s benchmarks
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -94,9 +94,10 @@ class PseudoHuber(SampleMetric):
     def value(self, r: Tensor) -> Tensor:
         c = self.scale(r.shape[1])
         squared = r.square().sum(1)
-        # the same as sqrt(squared + c^2) - c, without its cancellation near zero
-        loss: Tensor = squared / ((squared + c * c).sqrt() + c)
-        return loss
+        root = (squared + c * c).sqrt()
+        # root - c without its cancellation near zero, and with its cheaper gradient
+        value: Tensor = squared.detach() / (root.detach() + c) + (root - root.detach())
+        return value
 
     def gradient(self, r: Tensor) -> Tensor:
         c = self.scale(r.shape[1])

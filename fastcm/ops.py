@@ -15,10 +15,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fastcm import dispatch, operators, reference, rng, validation
 from fastcm import gradients as gradients  # registers them
-from fastcm import reference, rng, validation
 from fastcm.losses import Metric, PseudoHuber, SampleMetric
-from fastcm.operators import METRICS
 from fastcm.reference import Denoised as Denoised
 from fastcm.reference import Noised as Noised
 from fastcm.rng import NoiseKey
@@ -289,7 +288,10 @@ def consistency_loss(
         raise TypeError(
             f"metric must be callable (f, target) -> [B], got {validation.describe(metric)}"
         )
-    if isinstance(metric, SampleMetric):
+    if not dispatch.on_kernel(F):
+        # without a kernel, autograd's own backward is cheaper than a gradient stored on the way
+        _, losses = reference.consistency_loss(F, x_t, a, b, target, metric=metric, weight=weight)
+    elif isinstance(metric, SampleMetric):
         losses = _loss(F, x_t, a, b, target, metric, weight)
     else:
         losses = metric(boundary(_detach(x_t), F, a.detach(), b.detach()), _value(target))
@@ -330,7 +332,7 @@ def _loss(
         *noise_of_y,
         *target_map,
         weight,
-        METRICS.index(type(metric)),
+        operators.METRICS.index(type(metric)),
         c,
     )
     out: Tensor = losses

@@ -17,10 +17,6 @@ from torch import Tensor
 from fastcm.paths import Path
 
 
-def _float64(value: Tensor | float | int, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=device)
-
-
 @dataclass(frozen=True)
 class UniformGrid:
     """t_k = t_min + (k / n) (t_max - t_min), k = 0..n (seed; t_k = k / n on `Linear`)."""
@@ -202,7 +198,9 @@ def draw_interval(
         k = (u * n).floor() + 1
     else:
         k = grid.index(sampler(u, path.t_min, path.t_max), n, path).ceil()
-    k = torch.minimum(k.clamp_min(1), _float64(n, u.device))
+    k = k.clamp_min(1)
+    # a number is clamped to as it is: made a tensor it would wait for the device
+    k = torch.minimum(k, n.double()) if isinstance(n, Tensor) else k.clamp_max(n)
     return grid.time(k, n, path), grid.time(k - 1, n, path)
 
 

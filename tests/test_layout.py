@@ -29,7 +29,7 @@ ALLOWED = {
     "operators": MATHS | {"kernels", "dispatch"},
     "gradients": MATHS | {"operators"},
     "validation": MATHS,
-    "ops": MATHS | {"operators", "gradients", "validation"},
+    "ops": MATHS | {"dispatch", "operators", "gradients", "validation"},
     "objectives": MATHS | {"ops"},
     "solvers": {"ops"},
     "sampling": MATHS | BASE | {"ops", "solvers", "objectives"},

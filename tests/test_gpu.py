@@ -1,0 +1,145 @@
+"""What only a GPU can show: the operators there, captured graphs, steps without a host sync."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_operators import NAMES, cases, flat
+from tolerances import assert_close, rounding_slack
+from torch import Tensor
+
+import fastcm
+from fastcm import ops, rng
+from fastcm.networks import MLP
+from fastcm.ops import Denoised, Noised
+
+pytestmark = pytest.mark.gpu
+
+
+def moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.detach().cuda() if isinstance(v, Tensor) else v for v in arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_operator_gives_on_the_gpu_what_it_gives_on_the_cpu(name: str) -> None:
+    operator, arguments = cases()[name]
+    on_cpu = flat(operator(*arguments))
+    for one, other in zip(flat(operator(*moved(arguments))), on_cpu):
+        assert one.is_cuda and one.shape == other.shape and one.dtype == other.dtype
+        other = other.detach()
+        slack = 5e-5 * (1 + other.double().abs()) + rounding_slack(other, one.dtype)
+        assert_close(one.cpu(), other.double(), other, slack=slack)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_on_the_gpu(name: str) -> None:
+    operator, arguments = cases()[name]
+    torch.library.opcheck(operator.default, moved(arguments))
+
+
+def loss_of(F: Tensor, x0: Tensor, key: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    k = fastcm.NoiseKey.wrap(key)
+    target = Denoised(Noised(x0, b, a, k), F.detach() * 0.5, a, b)
+    return ops.consistency_loss(F, Noised(x0, a, b, k), a, b, target)[0]
+
+
+@pytest.mark.parametrize("elements", [3072, 40_000])
+def test_compiled_loss_and_gradient_are_the_eager_ones(elements: int) -> None:
+    x0 = torch.randint(256, (4, elements), dtype=torch.uint8, device="cuda")
+    F = torch.randn(4, elements, device="cuda")
+    a, b = torch.rand(2, 4, device="cuda")
+    key = fastcm.NoiseKey(3, device="cuda").tensor
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+        leaf = F.clone().requires_grad_()
+        loss = function(leaf, x0, key, a, b)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_a_captured_graph_reads_the_key_of_each_replay() -> None:
+    x0 = torch.randn(8, 100, device="cuda")
+    a, s = torch.rand(2, 8, device="cuda")
+    key = fastcm.NoiseKey(5, device="cuda")
+    ops.noising(x0, a, s, key)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.noising(x0, a, s, key)
+        key.advance_()
+    assert isinstance(out, Tensor)
+    key.tensor.copy_(fastcm.NoiseKey(5, 7, device="cuda").tensor)
+    for step in (7, 8, 9):
+        graph.replay()
+        expected = ops.noising(x0, a, s, fastcm.NoiseKey(5, step, device="cuda"))
+        assert torch.equal(out, expected)
+
+
+def objectives() -> dict[str, Any]:
+    teacher = MLP(shape=(3, 4, 4), width=16, depth=1)
+    torch.nn.init.normal_(list(teacher.parameters())[-1])
+    return {
+        "flow": fastcm.FlowMatching(),
+        "ct": fastcm.ConsistencyTraining(discretization=fastcm.schedules.ICTCurriculum(100)),
+        "cd": fastcm.ConsistencyDistillation(teacher),
+    }
+
+
+def trainer(objective: Any, device: str) -> fastcm.Trainer:
+    torch.manual_seed(0)
+    net = MLP(shape=(3, 4, 4), width=16, depth=1)
+    data = torch.arange(64 * 48, dtype=torch.uint8).reshape(64, 3, 4, 4)
+    return fastcm.Trainer(
+        net, objective, data=data, batch_size=24, compile=False, device=device, progress=False
+    )
+
+
+@pytest.mark.parametrize("method", ["flow", "ct", "cd"])
+def test_training_on_the_gpu_follows_the_cpu(method: str) -> None:
+    weights = []
+    for device in ("cpu", "cuda"):
+        t = trainer(objectives()[method] if method != "cd" else _copy("cd"), device).fit(5)
+        weights.append(torch.cat([p.detach().cpu().flatten() for p in t.net.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
+
+
+def _copy(method: str) -> Any:
+    torch.manual_seed(1)
+    return objectives()[method]
+
+
+@pytest.mark.parametrize("method", ["flow", "ct", "cd"])
+def test_a_step_never_waits_for_the_device(method: str) -> None:
+    t = trainer(objectives()[method], "cuda").fit(3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):  # across an epoch, 64 rows in batches of 24
+            t._train_step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert t.step == 7
+
+
+def test_samples_do_not_depend_on_the_device() -> None:
+    net = MLP(shape=(2,), width=16, depth=1)
+    torch.nn.init.normal_(list(net.parameters())[-1])
+    for steps in (1, 3):
+        sampler = fastcm.Sampler(net.cpu(), fastcm.Linear(), steps=steps, shape=(2,))
+        on_cpu = sampler(100, seed=4)
+        sampler = fastcm.Sampler(net.cuda(), fastcm.Linear(), steps=steps, shape=(2,))
+        on_gpu = sampler(100, seed=4).cpu()
+        torch.testing.assert_close(on_cpu, on_gpu, rtol=1e-3, atol=1e-4)
+
+
+def test_noise_of_a_large_batch_agrees_with_the_cpu() -> None:
+    key = fastcm.NoiseKey(11, 2**33 + 1)
+    shape = (64, 3, 32, 32)
+    on_cpu = ops.noise(shape, key, stream=rng.NOISE, dtype=torch.float64)
+    x0, one = torch.zeros(shape, device="cuda"), torch.ones(64, device="cuda")
+    z = ops.noising(x0, one, one, key.to("cuda"))
+    assert isinstance(z, Tensor)
+    error = (z.cpu().double() - on_cpu).abs()
+    assert error.max() <= 1e-3 and (error > 4e-6).double().mean() < 2e-3
