@@ -35,13 +35,57 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo_table}
+def ops_table(report: dict[str, Any]) -> str:
+    """Ratios of the operators' benchmark."""
+    machine = report["machine"]
+    lines = [
+        "| operator | samples | dtype | fastcm | eager / fastcm | compiled / fastcm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        size = " x ".join(map(str, row["shape"]))
+        ratios = f"{row['eager/fastcm']:.2f} | {row['compiled/fastcm']:.2f}"
+        lines.append(
+            f"| {row['case']} | {size} | {row['dtype']} | {row['ms']['fastcm']:.2f} ms | {ratios} |"
+        )
+    lines.append("")
+    lines.append(
+        f"On {machine['threads']} CPU threads, torch {machine['torch']}: fastcm is the compiled "
+        "reference, eager and compiled are plain PyTorch with `torch.randn`, whose compiled form "
+        "draws number by number."
+    )
+    return "\n".join(lines)
+
+
+def codegen_summary(report: dict[str, Any]) -> str:
+    """What the kernels compile to, in one paragraph."""
+    rows = report["rows"]
+    hopper = [row for row in rows if row["target"] == "sm_90"]
+    targets = sorted({row["target"] for row in rows})
+    noising = [row for row in hopper if row["kernel"] == "noising_kernel"]
+    normals = max(row["instructions_per_normal"] for row in noising)
+    bound = [row for row in hopper if row["ridge"] == "memory"]
+    return (
+        f"{len(hopper)} launches compiled by triton {report['triton']} for {', '.join(targets)}: "
+        f"{sum(row['spills'] for row in rows)} spills, {sum(row['stack'] for row in rows)} bytes "
+        f"of stack. On sm_90 at most {max(row['registers'] for row in hopper)} registers, and "
+        f"{normals:.0f} instructions per normal in noising (static counts of the whole kernel); "
+        f"by bytes against instructions {len(bound)} of the {len(hopper)} are bound by an H200's "
+        "memory."
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("demo", demo_table),
+    "ops": ("ops_cpu", ops_table),
+    "codegen": ("codegen", codegen_summary),
+}
 
 
 def render(text: str) -> str:
     """`text` with every section between its markers made anew."""
-    for name, table in SECTIONS.items():
-        body = table(json.loads((RESULTS / f"{name}.json").read_text()))
+    for name, (file, table) in SECTIONS.items():
+        body = table(json.loads((RESULTS / f"{file}.json").read_text()))
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(
             pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S

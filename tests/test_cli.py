@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import fastcm
-from fastcm import demo, recipes
-
-pytest.importorskip("typer")
+from fastcm import cli, demo, recipes
 
 TINY = ["--width", "16", "--batch", "16", "--compile", "off", "--data", "digits"]
 
@@ -124,10 +122,17 @@ def test_conditional_runs_draw_the_label_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_written(
-    tmp_path: Path, options: list[str], said: str
+    tmp_path: Path,
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    error = fastcm_("train", *options, "--out", tmp_path / "run", fails=True)
-    assert said in error and error.startswith("fastcm: ")
+    monkeypatch.setattr(sys, "argv", ["fastcm", "train", *options, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.startswith("fastcm: ")
     assert not (tmp_path / "run").exists()
 
 
