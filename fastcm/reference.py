@@ -191,8 +191,8 @@ def consistency_loss_and_gradient(
     """The ``[B]`` values of `consistency_loss` and d losses / d F in the dtype of F."""
     dtype = compute_dtype(F)
     x, y = regenerate(x_t, dtype), regenerate(target, dtype)
-    r = (lift(a, x) * x + lift(b, x) * F.to(dtype) - y).flatten(1)
+    r = lift(a, x) * x + lift(b, x) * F.to(dtype) - y
     losses, slope = metric.value(r), lift(b, r) * metric.gradient(r)
     if weight is not None:
         losses, slope = losses * weight.to(dtype), lift(weight, r) * slope
-    return losses, slope.reshape(F.shape).to(F.dtype)
+    return losses, slope.to(F.dtype)
