@@ -23,7 +23,7 @@ from fastcm.paths import TrigFlow as TrigFlow
 from fastcm.paths import VarianceExploding as VarianceExploding
 from fastcm.paths import VariancePreserving as VariancePreserving
 from fastcm.rng import NoiseKey as NoiseKey
-from fastcm.sampling import Sampler as Sampler
+from fastcm.sampler import Sampler as Sampler
 from fastcm.training import NonFiniteError as NonFiniteError
 from fastcm.training import Trainer as Trainer
 from fastcm.training import warmup_cosine as warmup_cosine

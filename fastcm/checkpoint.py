@@ -76,9 +76,7 @@ def save(
         temporary.mkdir()
         files = {}
         for name, tensors in groups.items():
-            data = safetensors.torch.save(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            )
+            data = safetensors.torch.save(_unshared(tensors))
             _write(temporary / f"{name}.safetensors", data)
             files[f"{name}.safetensors"] = {
                 "bytes": len(data),
@@ -178,6 +176,18 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, each with memory of its own: the format takes no tied weights."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        address = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if address in seen else own
+        seen.add(address)
+    return found
 
 
 def _read_group(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from fastcm import __version__, demo, recipes
 from fastcm.checkpoint import replace_file
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
 from fastcm.recipes import Recipe, open_run, read_run, sample_pictures
-from fastcm.sampling import Sampler
+from fastcm.sampler import Sampler
 from fastcm.training import NonFiniteError
 
 app = typer.Typer(

@@ -7,6 +7,8 @@ made, whose elements are counted in logical order; else they are copied once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,22 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
     HAS_KERNELS = False
+
+
+def same_noise(x: Noised, y: Noised) -> bool:
+    """Whether both are versions of one x0 under one z, made once then; compared by identity."""
+    return (
+        x.x0 is y.x0
+        and x.key.tensor is y.key.tensor
+        and (x.stream, x.first_sample) == (y.stream, y.first_sample)
+    )
+
+
+def flat(x: Tensor | Noised) -> tuple[Any, ...]:
+    """A tensor or closed form as the operators take it."""
+    if isinstance(x, Noised):
+        return x.x0, x.alpha, x.sigma, x.key.tensor, x.stream, x.first_sample
+    return x, None, None, None, 0, 0
 
 
 def on_kernel(*tensors: Tensor | None) -> bool:

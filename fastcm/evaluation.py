@@ -17,7 +17,8 @@ from fastcm.data import to_unit
 from fastcm.ops import Noised
 from fastcm.parameterization import Parameterization
 from fastcm.rng import NoiseKey
-from fastcm.sampling import eval_mode, predict
+from fastcm.sampler import eval_mode
+from fastcm.sampling import predict
 from fastcm.schedules import Grid, UniformGrid
 
 _PROJECTIONS, _FEATURES = 0, 1  # seeds

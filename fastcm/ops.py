@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from fastcm import dispatch, operators, reference, rng, validation
 from fastcm import gradients as gradients  # registers them
+from fastcm.dispatch import flat, same_noise
 from fastcm.losses import Metric, PseudoHuber, SampleMetric
 from fastcm.reference import Denoised as Denoised
 from fastcm.reference import Noised as Noised
@@ -130,7 +131,7 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
     validation.check_map("x", x, F, a, b)
-    out: Tensor = _fastcm.boundary(*_flat(x), F, a, b)
+    out: Tensor = _fastcm.boundary(*flat(x), F, a, b)
     return out
 
 
@@ -205,7 +206,7 @@ def euler_step(
         if input_dtype is None:
             raise ValueError("input_scale needs input_dtype, the dtype of the scaled result")
     x_s, scaled = _fastcm.euler_step(
-        *_flat(x), v, dt, v_uncond, guidance, scale, input_scale, input_dtype
+        *flat(x), v, dt, v_uncond, guidance, scale, input_scale, input_dtype
     )
     return x_s if input_dtype is None else (x_s, scaled)
 
@@ -320,12 +321,12 @@ def _loss(
         target_map = target.F.detach(), target.a, target.b
     else:
         source = target
-    shared = isinstance(x_t, Noised) and isinstance(source, Noised) and _same_noise(x_t, source)
-    y, *noise_of_y = _flat(source)
+    shared = isinstance(x_t, Noised) and isinstance(source, Noised) and same_noise(x_t, source)
+    y, *noise_of_y = flat(source)
     c = metric.scale(math.prod(F.shape[1:])) if isinstance(metric, PseudoHuber) else 1.0
     losses, _ = _fastcm.consistency_loss(
         F,
-        *_flat(x_t),
+        *flat(x_t),
         a,
         b,
         None if shared else y,
@@ -339,21 +340,6 @@ def _loss(
     return out
 
 
-def _same_noise(x: Noised, y: Noised) -> bool:
-    return (
-        x.x0 is y.x0
-        and x.key.tensor is y.key.tensor
-        and (x.stream, x.first_sample) == (y.stream, y.first_sample)
-    )
-
-
-def _flat(x: Tensor | Noised) -> tuple[Any, ...]:
-    """A tensor or closed form as the operators take it."""
-    if isinstance(x, Noised):
-        return x.x0, x.alpha, x.sigma, x.key.tensor, x.stream, x.first_sample
-    return x, None, None, None, 0, 0
-
-
 def _detach(x: Tensor | Noised) -> Tensor | Noised:
     return x if isinstance(x, Noised) else x.detach()
 
@@ -363,7 +349,7 @@ def _value(target: Tensor | Noised | Denoised) -> Tensor:
     if isinstance(target, Denoised):
         return boundary(target.x, target.F, target.a, target.b)
     if isinstance(target, Noised):
-        x0, alpha, sigma, key, stream, first_sample = _flat(target)
+        x0, alpha, sigma, key, stream, first_sample = flat(target)
         dtype = reference.compute_dtype(x0)
         out: Tensor = _fastcm.noising(x0, alpha, sigma, key, stream, first_sample, dtype)
         return out

@@ -16,7 +16,7 @@ from fastcm.data import Dataset
 from fastcm.ema import EMA
 from fastcm.objectives import ConsistencyDistillation, ConsistencyTraining, FlowMatching, Objective
 from fastcm.parameterization import Parameterization
-from fastcm.sampling import Sampler
+from fastcm.sampler import Sampler
 from fastcm.training import Trainer, warmup_cosine
 from fastcm.training.trainer import Callback
 

@@ -29,6 +29,13 @@ def test_what_was_saved_is_what_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text().strip() == path.name
 
 
+def test_tied_weights_and_views_are_saved(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    group = {"a": whole, "b": whole, "c": whole[1], "d": whole.T}
+    found = load(save(tmp_path, 1, {"model": group}, {})).groups["model"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in group.items())
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 100, 1000):
         save(tmp_path, step, GROUPS, {}, keep=2)

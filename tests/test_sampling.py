@@ -12,7 +12,7 @@ from fastcm import ops, reference, rng, sampling
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Linear, TrigFlow, VarianceExploding
 from fastcm.rng import NoiseKey
-from fastcm.sampling import Sampler
+from fastcm.sampler import Sampler
 from fastcm.schedules import KarrasGrid, UniformGrid, sampling_times
 
 S, MEAN = 0.6, 0.3

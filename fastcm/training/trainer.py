@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm import checkpoint, ema
-from fastcm.checkpoint import CheckpointError
 from fastcm.data import as_source
-from fastcm.description import describe, differences
+from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.rng import NoiseKey
+from fastcm.training.checkpoint import read, write
 from fastcm.training.logging import MetricsFile, Progress, Rate
 from fastcm.training.step import Compile, Precision, Step
 
@@ -150,20 +148,20 @@ class Trainer:
         self.metrics: dict[str, Any] = {}
         self._parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = _default_optimizer(self._parameters) if optimizer is None else optimizer
-        self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._lr_schedule = lr_schedule
         target = objective.target_average
         self.averages = tuple(averages)
         if target is not None and target not in self.averages:
             self.averages += (target,)
-        self._networks = [_average_of(self.net) for _ in self.averages]
-        target_net = None if target is None else self._networks[self.averages.index(target)]
+        self.networks = [_average_of(self.net) for _ in self.averages]
+        target_net = None if target is None else self.networks[self.averages.index(target)]
         self._progress: Progress | None = None
         self._show, self._log_line = progress, log
-        self._step = Step(
+        self.stepper = Step(
             self.net, objective, target_net, precision=precision, compile=compile, log=self.log
         )
-        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # all, in a row
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # all, in a row
         self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
         self._config: dict[str, Any] | None = None
         self.metadata: dict[str, Any] = {
@@ -175,7 +173,7 @@ class Trainer:
 
     def ema_network(self, i: int = 0) -> nn.Module:
         """The network with the i-th average of the weights; live, updated in place."""
-        return self._networks[i]
+        return self.networks[i]
 
     def log(self, line: str) -> None:
         """One line of text for the person who watches."""
@@ -223,17 +221,17 @@ class Trainer:
         x0, cond = self.source.draw(self.step, self.batch_size)
         self.metadata["shape"] = list(x0.shape[1:])
         factor = self._lr_schedule(self.step)
-        for group, lr in zip(self.optimizer.param_groups, self._base_lr):
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._step(x0, cond, self.key, remaining=remaining)
+        loss = self.stepper(x0, cond, self.key, remaining=remaining)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
         finite = torch.isfinite(norm)
         self._update(finite)
         self._update_averages(finite)
-        self._skipped += ~finite
-        self._skipped[1] *= ~finite
+        self.skipped += ~finite
+        self.skipped[1] *= ~finite
         self.key.advance_()
         self.step += 1
         return loss, norm
@@ -250,7 +248,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_averages(self, finite: Tensor) -> None:
-        for average, network in zip(self.averages, self._networks):
+        for average, network in zip(self.averages, self.networks):
             decay = average.decay(self.key.step)
             keep = torch.where(finite, decay, torch.ones_like(decay))
             ema.update_(list(network.parameters()), list(self.net.parameters()), keep)
@@ -264,7 +262,7 @@ class Trainer:
             "loss": loss.item(),
             "grad_norm": norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped": int(self._skipped[0].item()),
+            "skipped": int(self.skipped[0].item()),
             "it_s": round(it_s, 3),
             "img_s": round(it_s * self.batch_size, 1),
         }
@@ -274,7 +272,7 @@ class Trainer:
         self._emit("log")
 
     def _stop_if_non_finite(self) -> None:
-        in_a_row = int(self._skipped[1].item())
+        in_a_row = int(self.skipped[1].item())
         if in_a_row >= NON_FINITE_LIMIT:
             saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
             raise NonFiniteError(
@@ -300,12 +298,12 @@ class Trainer:
             "network": self.metadata["network"] or type(self.net).__name__,
             "averages": describe(self.averages),
             "optimizer": type(self.optimizer).__name__,
-            "lr": self._base_lr,
+            "lr": self.base_lr,
             "lr_schedule": describe(self._lr_schedule),
             "max_grad_norm": self.max_grad_norm,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "precision": self._step.precision,
+            "precision": self.stepper.precision,
             "data": self.source.describe(),
         }
 
@@ -319,32 +317,7 @@ class Trainer:
         run = Path(directory) if directory is not None else self.directory
         if run is None:
             raise ValueError("save needs a directory: Trainer(directory=...) or save(directory)")
-        optimizer, rest = checkpoint.flatten_optimizer(self.optimizer.state_dict())
-        rest["param_groups"] = [
-            {**group, "lr": lr} for group, lr in zip(rest["param_groups"], self._base_lr)
-        ]
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        path = checkpoint.save(
-            run,
-            self.step,
-            {
-                "model": self.net.state_dict(),
-                "optimizer": optimizer,
-                **{f"average_{i}": n.state_dict() for i, n in enumerate(self._networks)},
-                "random": random,
-                "counters": {"skipped": self._skipped},
-            },
-            {
-                "config": self.config(),
-                "compiled": self._step.compiled,
-                "optimizer": rest,
-                "num_averages": len(self._networks),
-                **self.metadata,
-            },
-            keep=self.keep,
-        )
+        path = write(self, run)
         self._emit("save")
         return path
 
@@ -359,37 +332,7 @@ class Trainer:
         run = Path(directory) if directory is not None else self.directory
         if run is None:
             raise ValueError("load needs a directory: Trainer(directory=...) or load(directory)")
-        found, damaged = checkpoint.load_newest(run)
-        for error in damaged:
-            warnings.warn(f"{error}; falling back to {found.path}", stacklevel=2)
-        old = found.state.get("config")
-        changed = differences(old, json.loads(json.dumps(self.config())))
-        if changed:
-            raise ValueError(
-                f"{run} was trained under another configuration: " + "; ".join(changed)
-            )
-        groups = found.groups
-        networks = {f"average_{i}": n for i, n in enumerate(self._networks)}
-        for name, network in {"model": self.net, **networks}.items():
-            checkpoint.check_tensors(
-                f"{found.path.name}/{name}", groups.get(name, {}), network.state_dict()
-            )
-        try:
-            self.optimizer.load_state_dict(
-                checkpoint.unflatten_optimizer(groups["optimizer"], found.state["optimizer"])
-            )
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{found.path}: optimizer state does not fit: {error}") from error
-        for name, network in {"model": self.net, **networks}.items():
-            network.load_state_dict(groups[name])
-        self._skipped.copy_(groups["counters"]["skipped"])
-        torch.set_rng_state(groups["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in groups["random"]:
-            torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
-        if self._step.compiled is None:  # what "auto" chose: the same numbers after a resume
-            self._step.compiled = cast("bool | None", found.state["compiled"])
-        self.step = int(found.state["step"])
-        self.key = NoiseKey(self.seed, self.step, device=self.device)
+        read(self, run)
         self._metrics_file.drop_after(self.step)
         return self
 
