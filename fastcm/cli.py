@@ -85,7 +85,7 @@ def train(
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     compile: Annotated[str, typer.Option(help="auto (the faster), on or off")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one")] = None,
-    save_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: at the end")] = 0,
+    save_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: at the end")] = 500,
     keep: Annotated[int, typer.Option(help="checkpoints to keep")] = 3,
     sample_every: Annotated[int, typer.Option(help="steps between pictures of samples")] = 0,
     log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 50,
@@ -252,5 +252,5 @@ def main() -> None:
         print(f"fastcm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("fastcm: interrupted; continue with --resume", file=sys.stderr)
+        print("fastcm: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

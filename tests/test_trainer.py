@@ -100,6 +100,36 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> No
     assert_same(resumed.fit(4), straight)
 
 
+def test_resuming_under_other_options_of_the_optimizer_is_refused(tmp_path: Path) -> None:
+    def decayed(weight_decay: float) -> Trainer:
+        net = mlp()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=weight_decay)
+        return trainer(net=net, optimizer=optimizer, directory=tmp_path)
+
+    decayed(0.1).fit(2)
+    with pytest.raises(ValueError, match=r"weight_decay.*0.1.*0.2"):
+        decayed(0.2).load()
+    assert decayed(0.1).load().step == 2
+
+
+def test_a_null_condition_that_is_a_tensor_does_not_hinder_saving(tmp_path: Path) -> None:
+    cond = torch.randn(64, 3)
+
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            return self.net(x + cond, t)
+
+    objective = FlowMatching(condition_dropout=0.5, null_condition=torch.zeros(3))
+    batches = list(zip(DATA.split(8), cond.split(8)))
+    t = trainer(objective, net=Conditioned(), data=batches, directory=tmp_path).fit(3)
+    sampler = Sampler.from_run(tmp_path, net=Conditioned(), null_condition=torch.zeros(3))
+    assert torch.isfinite(sampler(8, cond=cond[:8], guidance=2.0)).all() and t.step == 3
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

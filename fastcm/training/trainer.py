@@ -164,10 +164,11 @@ class Trainer:
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # all, in a row
         self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
         self._config: dict[str, Any] | None = None
+        null = getattr(objective, "null_condition", None)
         self.metadata: dict[str, Any] = {
             "network": getattr(net, "description", None),
             "parameterization": describe(objective.parameterization),
-            "null_condition": getattr(objective, "null_condition", None),
+            "null_condition": null if isinstance(null, int) else None,
             "shape": None,
         }
 
@@ -298,6 +299,10 @@ class Trainer:
             "network": self.metadata["network"] or type(self.net).__name__,
             "averages": describe(self.averages),
             "optimizer": type(self.optimizer).__name__,
+            "param_groups": [
+                {k: describe(v) for k, v in group.items() if k not in ("params", "lr")}
+                for group in self.optimizer.param_groups
+            ],
             "lr": self.base_lr,
             "lr_schedule": describe(self._lr_schedule),
             "max_grad_norm": self.max_grad_norm,
