@@ -60,7 +60,24 @@ def noise(
     if device is not None:
         key = key.to(device)
     validation.check_noise(key, stream, first_sample, key.device)
+    if dispatch.on_kernel(key.tensor) and dtype != torch.float64:
+        nothing = torch.zeros(tuple(shape), dtype=torch.uint8, device=key.device)
+        zero = torch.zeros(shape[0], device=key.device)
+        return _noising(nothing, zero, zero + 1.0, key, stream, first_sample, dtype)
     return reference.noise(shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
+
+
+def _noising(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    stream: int,
+    first_sample: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out: Tensor = _fastcm.noising(x0, alpha, sigma, key.tensor, stream, first_sample, dtype)
+    return out
 
 
 def noising(
@@ -109,11 +126,12 @@ def noising(
         out_dtype = x0.dtype if x0.is_floating_point() else torch.float32
     if not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a float dtype, got {out_dtype}")
-    operator = _fastcm.noising if alpha.dim() == 1 else _fastcm.noising_pair
-    out: Tensor | tuple[Tensor, Tensor] = operator(
+    if alpha.dim() == 1:
+        return _noising(x0, alpha, sigma, key, stream, first_sample, out_dtype)
+    first, second = _fastcm.noising_pair(
         x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype
     )
-    return out
+    return first, second
 
 
 def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -349,8 +367,7 @@ def _value(target: Tensor | Noised | Denoised) -> Tensor:
     if isinstance(target, Denoised):
         return boundary(target.x, target.F, target.a, target.b)
     if isinstance(target, Noised):
-        x0, alpha, sigma, key, stream, first_sample = flat(target)
-        dtype = reference.compute_dtype(x0)
-        out: Tensor = _fastcm.noising(x0, alpha, sigma, key, stream, first_sample, dtype)
-        return out
+        dtype = reference.compute_dtype(target.x0)
+        x0, alpha, sigma = target.x0, target.alpha, target.sigma
+        return _noising(x0, alpha, sigma, target.key, target.stream, target.first_sample, dtype)
     return target.detach()

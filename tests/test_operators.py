@@ -195,6 +195,14 @@ def test_the_kernel_branch_agrees_with_the_reference_branch(name: str, request: 
         )
 
 
+def test_noise_alone_is_a_kernel_too(kernels: None) -> None:
+    for dtype in (torch.float32, torch.float16):
+        made = ops.noise((3, 2, 5), KEY, stream=rng.SAMPLE, first_sample=4, dtype=dtype)
+        exact = reference.noise((3, 2, 5), KEY, stream=rng.SAMPLE, first_sample=4)
+        assert made.dtype == dtype
+        torch.testing.assert_close(made, exact.to(dtype), rtol=1e-3, atol=4e-6)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "mixed"])
 def test_other_layouts_give_the_same_numbers(layout: str, kernels: None) -> None:
     x, v, u, a, b, c, d = operands(3, (4, 6, 5))
