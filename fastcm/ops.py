@@ -310,7 +310,7 @@ def consistency_loss(
     if not dispatch.on_kernel(F):
         # without a kernel, autograd's own backward is cheaper than a gradient stored on the way
         _, losses = reference.consistency_loss(F, x_t, a, b, target, metric=metric, weight=weight)
-    elif isinstance(metric, SampleMetric):
+    elif isinstance(metric, operators.METRICS):
         losses = _loss(F, x_t, a, b, target, metric, weight)
     else:
         losses = metric(boundary(_detach(x_t), F, a.detach(), b.detach()), _value(target))

@@ -255,6 +255,27 @@ def test_the_kernels_gradient_is_the_references(kernels: None) -> None:
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_a_metric_without_a_kernel_is_evaluated_on_the_boundary_map(kernels: None) -> None:
+    class Cauchy(losses.SampleMetric):
+        def value(self, r: Tensor) -> Tensor:
+            return r.square().flatten(1).sum(1).log1p()
+
+        def gradient(self, r: Tensor) -> Tensor:
+            raise AssertionError("only the kernels' own metrics need it")
+
+    x, v, u, a, b, c, d = operands()
+    x0 = torch.randint(256, x.shape, dtype=torch.uint8)
+    target = Denoised(Noised(x0, d, c, KEY), u, b, a)
+    for metric in (Cauchy(), lambda f, y: (f - y).abs().flatten(1).amax(1)):
+        leaf = v.clone().requires_grad_()
+        mean, _ = ops.consistency_loss(leaf, x, a, b, target, metric=metric, weight=c)
+        other = v.clone().requires_grad_()
+        exact, _ = reference.consistency_loss(other, x, a, b, target, metric=metric, weight=c)
+        gradients = [torch.autograd.grad(m, t)[0] for m, t in ((mean, leaf), (exact, other))]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_training_through_the_kernels_gives_the_same_run(kernels: None) -> None:
     def run(compute: str) -> Tensor:
         torch.manual_seed(0)
