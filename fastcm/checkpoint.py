@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+RUN_STATE = (
+    "config", "compiled", "optimizer", "num_averages",
+    "network", "parameterization", "null_condition", "shape",
+)  # fmt: skip
+"""What `Trainer` adds to the state of its checkpoints."""
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 STATE = "state.json"
@@ -101,7 +106,10 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(run)[keep:]:
+    complete = list_checkpoints(run)
+    # a later step than the one just saved was passed over as damaged when the run was resumed
+    stale = [path for path in complete if path.name > final.name]
+    for old in stale + [path for path in complete if path not in stale][keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -112,8 +120,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
 
 
-def load(path: Path, only: set[str] | None = None) -> Checkpoint:
+def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ()) -> Checkpoint:
     """Read one checkpoint, or some of its groups, and verify what is read.
+
+    Args:
+        path: its directory.
+        only: the groups to read; None reads all.
+        requires: entries that its state must have.
 
     Raises:
         CheckpointError: a file is missing, truncated, altered or not what it claims to be.
@@ -125,6 +138,9 @@ def load(path: Path, only: set[str] | None = None) -> Checkpoint:
         state = json.loads((path / STATE).read_text())
         if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
             raise CheckpointError(f"{path / STATE} is not a checkpoint's state")
+        lacking = [name for name in ("step", *requires) if name not in state]
+        if lacking:
+            raise CheckpointError(f"{path / STATE} lacks {', '.join(lacking)}")
         if state.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} is of format {state.get('format')!r}, this version reads {FORMAT}"
@@ -144,7 +160,7 @@ def load(path: Path, only: set[str] | None = None) -> Checkpoint:
 
 
 def load_newest(
-    run: Path, only: set[str] | None = None
+    run: Path, only: set[str] | None = None, requires: Sequence[str] = ()
 ) -> tuple[Checkpoint, list[CheckpointError]]:
     """The newest checkpoint of a run that is intact, and why newer ones were passed over.
 
@@ -158,7 +174,7 @@ def load_newest(
     errors: list[CheckpointError] = []
     for path in paths:
         try:
-            return load(path, only), errors
+            return load(path, only, requires), errors
         except CheckpointError as error:
             errors.append(error)
     raise CheckpointError(

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcm import __version__, demo, recipes
-from fastcm.checkpoint import replace_file
+from fastcm.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
+from fastcm.data import as_source
+from fastcm.description import differences
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
-from fastcm.recipes import Recipe, open_run, read_run, sample_pictures
+from fastcm.recipes import Recipe, open_run, sample_pictures
 from fastcm.sampler import Sampler
 from fastcm.training import NonFiniteError
 
@@ -132,11 +134,15 @@ def sample(
     """Draw samples from a trained run."""
     if method != "ode" and solver != "euler":
         raise ValueError("--solver has a meaning only with --method ode")
+    if (out / CHECKPOINTS).exists():
+        raise ValueError(f"--out {out} is the directory of a run, choose another")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = Sampler.from_run(
         run, steps=steps, method=method, solver=solver, ema=ema, device=device, batch_size=batch
     )
     cond = _labels(sampler, n, label)
+    if guidance is not None and cond is None:
+        raise ValueError("--guidance needs a run that was trained with --conditional")
     x = sampler(n, seed=seed, first_sample=first, cond=cond, guidance=guidance).cpu()
     if out.suffix == ".npy":
         import io
@@ -187,9 +193,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
 ) -> None:
     """Distances of samples to held-out data, next to those of the training data as the floor."""
-    settings = read_run(run)
-    settings["ema"] = tuple(settings["ema"])
-    train_data, held_out = Recipe(**settings).datasets()
+    train_data, held_out = recipes.of_run(run).datasets()
+    source = as_source(train_data, seed=0, device="cpu")
+    found, _ = load_newest(run, only=set(), requires=RUN_STATE)
+    changed = differences(found.state["config"]["data"], source.describe())
+    if changed:
+        raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
     count = n or min(len(train_data), 5000)
     table = Table("samples", "evaluations", "sliced Wasserstein", "Frechet")
 

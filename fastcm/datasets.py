@@ -261,13 +261,15 @@ def array_file(path: str | os.PathLike[str]) -> Dataset:
         raise ValueError(f"{file}: {error}") from error
 
 
-def load(spec: str | os.PathLike[str], *, size: int | None = None, channels: int = 3) -> Dataset:
+def load(
+    spec: str | os.PathLike[str], *, size: int | None = None, channels: int | None = None
+) -> Dataset:
     """The data set that `spec` names: "digits", a folder of images, or a .npy or .npz file.
 
     Args:
         spec: the name or path.
         size: for a folder, see `image_folder`.
-        channels: for a folder, see `image_folder`.
+        channels: for a folder, default 3, see `image_folder`.
 
     Raises:
         FileNotFoundError: no such path.
@@ -275,9 +277,10 @@ def load(spec: str | os.PathLike[str], *, size: int | None = None, channels: int
     """
     path = Path(spec)
     if spec != "digits" and path.is_dir():
-        return image_folder(path, size=size, channels=channels)
-    if size is not None:
-        raise ValueError(f"size applies to a folder of images, got size={size} for {spec}")
+        return image_folder(path, size=size, channels=3 if channels is None else channels)
+    for name, value in (("size", size), ("channels", channels)):
+        if value is not None:
+            raise ValueError(f"{name} applies to a folder of images, got {name}={value} for {spec}")
     if spec == "digits":
         return digits()
     if path.suffix.lower() in (".npy", ".npz"):

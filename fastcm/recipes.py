@@ -137,10 +137,7 @@ class Recipe:
 
     def datasets(self) -> tuple[Dataset, Dataset]:
         """Training and held-out data."""
-        options: dict[str, Any] = {"size": self.size}
-        if self.channels is not None:
-            options["channels"] = self.channels
-        whole = data.load(self.data, **options)
+        whole = data.load(self.data, size=self.size, channels=self.channels)
         if self.conditional and whole.labels is None:
             raise ValueError(f"--conditional needs labels, and {self.data} has none")
         if not self.conditional:
@@ -282,7 +279,7 @@ def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> b
         ]
         if changed:
             raise ValueError(f"{directory} is a run of other settings: " + "; ".join(changed))
-    else:
+    elif not used:  # beside checkpoints it would claim settings that nobody has checked
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint.replace_file(path, json.dumps(settings, indent=1).encode())
     return bool(checkpoint.list_checkpoints(directory))
@@ -304,6 +301,20 @@ def read_run(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
     return settings
+
+
+def of_run(directory: Path) -> Recipe:
+    """The recipe that a run directory was made with.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not one of this version.
+    """
+    settings = read_run(directory)
+    try:
+        return Recipe(**{**settings, "ema": tuple(settings["ema"])})
+    except (KeyError, TypeError) as error:
+        path = directory / RUN_FILE
+        raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
 
 
 def sample_pictures(directory: Path, every: int, *, seed: int = 0) -> Callback:

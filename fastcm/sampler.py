@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,9 @@ class Sampler:
             FileNotFoundError, ValueError: no run there; no network description and no net given.
         """
         group = "model" if ema == -1 else f"average_{ema}"
-        found, damaged = checkpoint.load_newest(FilePath(directory), only={group})
+        found, damaged = checkpoint.load_newest(
+            FilePath(directory), only={group}, requires=checkpoint.RUN_STATE
+        )
         for error in damaged:
             warnings.warn(f"{error}; falling back to {found.path}", stacklevel=2)
         state = found.state
@@ -150,6 +153,8 @@ class Sampler:
             ValueError: n < 0, unknown sample shape, cond of another length.
         """
         shape = self._full_shape(n)
+        if cond is not None and not isinstance(cond, Tensor):
+            raise TypeError(f"cond must be a tensor of n rows, got {type(cond).__name__}")
         if cond is not None and len(cond) != shape[0]:
             raise ValueError(f"cond must have one row per sample, {shape[0]}, got {len(cond)}")
         key = NoiseKey(seed, device=self.device)
@@ -167,7 +172,11 @@ class Sampler:
         return torch.cat(parts) if parts else torch.empty(shape, device=self.device)
 
     def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(n, SupportsIndex):
+            n = operator.index(n)
         if not isinstance(n, int):
+            if not isinstance(n, Sequence):
+                raise TypeError(f"n must be an int or a shape (n, ...), got {n!r}")
             shape = tuple(n)
             if len(shape) < 2 or min(shape) < 0:
                 raise ValueError(f"shape must be [n, ...] of rank >= 2, got {shape}")

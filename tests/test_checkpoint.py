@@ -43,6 +43,25 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names == ["step_000001000", "step_000000100"]
 
 
+def test_what_was_just_saved_outlives_damaged_later_ones(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step, GROUPS, {})
+    for step in (20, 30):
+        (tmp_path / "checkpoints" / f"step_0000000{step}" / "model.safetensors").write_bytes(b"x")
+    save(tmp_path, 15, GROUPS, {}, keep=2)
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
+    assert names == ["step_000000015", "step_000000010"]
+    assert load_newest(tmp_path)[0].state["step"] == 15
+
+
+def test_a_state_without_its_entries_is_damaged(tmp_path: Path) -> None:
+    save(tmp_path, 1, GROUPS, {"config": 1})
+    newest = save(tmp_path, 2, GROUPS, {"config": 1})
+    (newest / "state.json").write_text('{"format": 1, "step": 2, "files": {}}')
+    found, errors = load_newest(tmp_path, requires=["config"])
+    assert found.state["step"] == 1 and "lacks config" in str(errors[0])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "state", "empty", "pickle"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 1, GROUPS, {})

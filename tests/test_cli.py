@@ -114,6 +114,7 @@ def test_conditional_runs_draw_the_label_asked_for(tmp_path: Path) -> None:
         (["--prediction", "eps"], "prediction 'eps' cannot recover data"),
         (["--data", "nowhere.npz"], "nowhere.npz"),
         (["--size", "16"], "size applies to a folder"),
+        (["--channels", "1"], "channels applies to a folder"),
         (["--steps", "0"], "--steps must be >= 1"),
         (["--lr", "-1"], "--lr must be > 0"),
         (["--target-ema", "1.5"], r"EMA decay must be in (0, 1), got 1.5"),
@@ -145,6 +146,26 @@ def test_a_run_directory_is_not_overwritten(flow: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in flow.rglob("*")}
 
 
+def test_a_refused_resume_writes_no_settings(flow: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(flow, copy)
+    (copy / "run.json").unlink()
+    options = ["train", "--method", "flow", "--steps", 20, *TINY[2:], "--out", copy, "--resume"]
+    assert "network.width: 16 -> 24" in fastcm_(*options, "--width", 24, fails=True)
+    assert "at step 20" in fastcm_(*options, "--width", 16)
+    assert "it has no run.json" in fastcm_("evaluate", copy, fails=True)
+    (copy / "run.json").write_text("{}")
+    assert "does not hold the settings" in fastcm_("evaluate", copy, fails=True)
+
+
+def test_evaluate_notices_other_data(tmp_path: Path) -> None:
+    file, out = tmp_path / "x.npy", tmp_path / "run"
+    np.save(file, np.random.rand(50, 2).astype(np.float32))
+    fastcm_("train", "--method", "flow", "--steps", 2, *TINY[:-2], "--data", file, "--out", out)
+    np.save(file, np.random.rand(50, 2).astype(np.float32))
+    assert "is not what it was trained on: contents" in fastcm_("evaluate", out, fails=True)
+
+
 def test_resume_of_nothing_starts(tmp_path: Path) -> None:
     fastcm_("train", "--steps", 2, *TINY, "--out", tmp_path / "new", "--resume")
     assert (tmp_path / "new" / "checkpoints" / "step_000000002").is_dir()
@@ -157,6 +178,10 @@ def test_sampling_what_is_no_run_is_refused(tmp_path: Path, flow: Path) -> None:
     assert "--solver has a meaning" in fastcm_(
         "sample", flow, "--solver", "heun", "--out", x, fails=True
     )
+    assert "--guidance needs a run" in fastcm_(
+        "sample", flow, "--guidance", 2, "--out", x, fails=True
+    )
+    assert "is the directory of a run" in fastcm_("sample", flow, "--out", flow, fails=True)
     assert not x.exists()
 
 

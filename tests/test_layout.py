@@ -39,7 +39,17 @@ ALLOWED = {
     "training": MATHS | BASE | {"ops", "data", "objectives"},
     "recipes": MATHS | BASE | {"data", "objectives", "sampler", "training", "pictures"},
     "demo": {"checkpoint", "evaluation", "pictures", "recipes", "sampler", "training"},
-    "cli": {"checkpoint", "demo", "evaluation", "pictures", "recipes", "sampler", "training"},
+    "cli": {
+        "checkpoint",
+        "data",
+        "description",
+        "demo",
+        "evaluation",
+        "pictures",
+        "recipes",
+        "sampler",
+        "training",
+    },
     "__main__": {"cli"},
 }
 NAMES = {

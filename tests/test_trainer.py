@@ -193,6 +193,31 @@ def test_twenty_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert not damaged and found.state["step"] >= 4
 
 
+def test_a_failing_run_keeps_the_checkpoints_from_before(tmp_path: Path) -> None:
+    t = trainer(net=Poisoned(range(7, 1000)), directory=tmp_path, save_every=2)
+    with pytest.raises(fastcm.NonFiniteError, match=r"last good checkpoint is .*step_000000006"):
+        t.fit(100)
+    with pytest.raises(fastcm.NonFiniteError, match="4 steps in a row"):
+        trainer(net=Poisoned(range(1000))).fit(4)
+
+
+def test_labels_beyond_the_networks_classes_are_refused() -> None:
+    def net() -> MLP:
+        return MLP(shape=(3,), width=16, depth=1, num_classes=2)
+
+    labels = torch.arange(64) % 3
+    with pytest.raises(ValueError, match="the data has 3 classes, the network num_classes=2"):
+        trainer(net=net(), data=(DATA, labels))
+    objective = FlowMatching(condition_dropout=0.1, null_condition=7)
+    with pytest.raises(ValueError, match=r"null_condition must be in \[0, 2\], got 7"):
+        trainer(objective, net=net(), data=(DATA, labels % 2))
+
+
+def test_a_frozen_student_is_refused() -> None:
+    with pytest.raises(ValueError, match="requires_grad_"):
+        trainer(net=mlp().requires_grad_(False))
+
+
 def test_a_directory_with_a_run_is_not_trained_over(tmp_path: Path) -> None:
     trainer(directory=tmp_path).fit(2)
     with pytest.raises(FileExistsError, match="continue it with load"):

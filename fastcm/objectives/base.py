@@ -128,6 +128,8 @@ class Objective(Protocol):
 
 def check_output(name: str, F: Tensor, x: Tensor) -> Tensor:
     """Raise ValueError if a network's output has another shape than its input."""
+    if not isinstance(F, Tensor):
+        raise TypeError(f"{name} must return a tensor, got {type(F).__name__}")
     if F.shape != x.shape:
         raise ValueError(
             f"{name} must return a tensor of the shape of its input, {list(x.shape)}, "

@@ -50,7 +50,7 @@ def write(trainer: Trainer, run: Path) -> Path:
 
 def read(trainer: Trainer, run: Path) -> None:
     """Put a trainer where the run's newest intact checkpoint is; see `Trainer.load`."""
-    found, damaged = checkpoint.load_newest(run)
+    found, damaged = checkpoint.load_newest(run, requires=checkpoint.RUN_STATE)
     for error in damaged:
         warnings.warn(f"{error}; falling back to {found.path}", stacklevel=2)
     old = found.state.get("config")

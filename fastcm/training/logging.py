@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastcm.checkpoint import replace_file
+
 
 class MetricsFile:
     """Appends one JSON object a line to `path`; None writes nothing."""
@@ -22,13 +24,13 @@ class MetricsFile:
         if self.path is None or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        self.path.write_text("".join(kept))
+        replace_file(self.path, "".join(kept).encode())
 
     def write(self, metrics: dict[str, Any]) -> None:
         if self.path is not None:

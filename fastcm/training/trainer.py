@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm import checkpoint, ema
-from fastcm.data import as_source
+from fastcm.data import DeviceData, as_source
 from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
@@ -139,6 +139,7 @@ class Trainer:
         self.batch_size = batch_size
         self.seed = seed
         self.source = as_source(data, seed=seed, device=self.device)
+        _check_classes(net, self.source, objective)
         self.key = NoiseKey(seed, device=self.device)
         self.max_grad_norm = max_grad_norm
         self.directory = None if directory is None else Path(directory)
@@ -147,6 +148,11 @@ class Trainer:
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self._parameters = [p for p in self.net.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError(
+                "net has no parameter that requires a gradient (a trainer's average has none): "
+                "call net.requires_grad_(True) first"
+            )
         self.optimizer = _default_optimizer(self._parameters) if optimizer is None else optimizer
         self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._lr_schedule = lr_schedule
@@ -209,11 +215,12 @@ class Trainer:
                 self._emit("step")
                 if self.step % self.log_every == 0 or self.step == end:
                     self._report(loss, norm, rate)
-                if self.step % NON_FINITE_LIMIT == 0 or self.step == end:
-                    self._stop_if_non_finite()
-                if self.directory and (
+                save = self.directory and (
                     self.step == end or (self.save_every and self.step % self.save_every == 0)
-                ):
+                )
+                if save or self.step % NON_FINITE_LIMIT == 0 or self.step == end:
+                    save = self._is_finite(steps) and save
+                if save:
                     self.save()
         self._progress = None
         return self
@@ -272,9 +279,13 @@ class Trainer:
         self._progress.report(self.metrics)
         self._emit("log")
 
-    def _stop_if_non_finite(self) -> None:
+    def _is_finite(self, steps: int) -> bool:
+        """Whether the last gradient was; raises where too many in a row, or all of a fit, were not.
+
+        What fails is not saved, so that a checkpoint from before it stays.
+        """
         in_a_row = int(self.skipped[1].item())
-        if in_a_row >= NON_FINITE_LIMIT:
+        if in_a_row >= NON_FINITE_LIMIT or 1 < steps <= in_a_row:
             saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
             raise NonFiniteError(
                 f"the gradient was not finite for {in_a_row} steps in a row, up to step "
@@ -282,6 +293,7 @@ class Trainer:
                 + (f"; the last good checkpoint is {saved[0]}" if saved else "")
                 + ". Lower the learning rate, or look for NaN in data and network output"
             )
+        return in_a_row == 0
 
     def _emit(self, event: str) -> None:
         for callback in self.callbacks:
@@ -340,6 +352,17 @@ class Trainer:
         read(self, run)
         self._metrics_file.drop_after(self.step)
         return self
+
+
+def _check_classes(net: nn.Module, source: object, objective: Objective) -> None:
+    """A label of num_classes would be the null label, one beyond it an index out of range."""
+    classes = getattr(net, "description", {}).get("num_classes")
+    data = source.dataset.num_classes if isinstance(source, DeviceData) else None
+    null = getattr(objective, "null_condition", None)
+    if classes is not None and data is not None and data > classes:
+        raise ValueError(f"the data has {data} classes, the network num_classes={classes}")
+    if classes is not None and isinstance(null, int) and not 0 <= null <= classes:
+        raise ValueError(f"null_condition must be in [0, {classes}], got {null}")
 
 
 def _default_optimizer(parameters: list[nn.Parameter]) -> Optimizer:
