@@ -47,12 +47,12 @@ def on_kernel(*tensors: Tensor | None) -> bool:
     return HAS_KERNELS and all(t.is_cuda and t.dtype != torch.float64 for t in present)
 
 
-def coefficient(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.to(torch.float32).contiguous()
-
-
 def f32(value: Tensor) -> Tensor:
     return value.to(torch.float32).contiguous()
+
+
+def coefficient(value: Tensor | None) -> Tensor | None:
+    return None if value is None else f32(value)
 
 
 def layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:

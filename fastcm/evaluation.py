@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fastcm import ops, rng
 from fastcm.data import to_unit
-from fastcm.ops import Noised
 from fastcm.parameterization import Parameterization
 from fastcm.rng import NoiseKey
 from fastcm.sampler import eval_mode
@@ -147,12 +146,11 @@ def consistency_gap(
     for t in grid_times:
         at = torch.full((len(x0),), t, dtype=torch.float64, device=x0.device)
         point = p.path.at(at)
-        closed = Noised(x0, point.alpha, point.sigma, key)
         x = ops.noising(x0, point.alpha, point.sigma, key, out_dtype=torch.float32)
         assert isinstance(x, Tensor)
         a, b, _, _ = p.coefficients(at)
         with eval_mode(net):
-            f = ops.boundary(closed, predict(net, p, x, at, cond), a, b)
+            f = ops.boundary(x, predict(net, p, x, at, cond), a, b)
         if before is not None:
             gaps.append((f - before).flatten(1).norm(dim=1).mean().item())
         before = f
