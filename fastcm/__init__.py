@@ -16,6 +16,8 @@ from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation
 from fastcm.objectives import ConsistencyTraining as ConsistencyTraining
 from fastcm.objectives import FlowMatching as FlowMatching
 from fastcm.objectives import Loss as Loss
+from fastcm.optim import AdamW as AdamW
+from fastcm.optim import RAdam as RAdam
 from fastcm.parameterization import Parameterization as Parameterization
 from fastcm.parameterization import Rescaled as Rescaled
 from fastcm.paths import Linear as Linear

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 RUN_STATE = (
     "config", "compiled", "optimizer", "num_averages",
     "network", "parameterization", "null_condition", "shape",

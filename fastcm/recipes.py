@@ -15,6 +15,7 @@ from fastcm import checkpoint, data, losses, networks, paths, schedules
 from fastcm.data import Dataset
 from fastcm.ema import EMA
 from fastcm.objectives import ConsistencyDistillation, ConsistencyTraining, FlowMatching, Objective
+from fastcm.optim import AdamW
 from fastcm.parameterization import Parameterization
 from fastcm.sampler import Sampler
 from fastcm.training import Trainer, warmup_cosine
@@ -211,7 +212,7 @@ class Recipe:
         teacher = None
         if self.teacher is not None:
             teacher = self._load_teacher(dataset, net)
-        optimizer = torch.optim.AdamW(net.parameters(), self.lr_rate, weight_decay=0.0, fused=True)
+        optimizer = AdamW(net.parameters(), self.lr_rate, weight_decay=0.0)
         return Trainer(
             net,
             self.objective(dataset, teacher),

@@ -196,3 +196,66 @@ def consistency_loss_and_gradient(
     if weight is not None:
         losses, slope = losses * weight.to(dtype), lift(weight, r) * slope
     return losses, slope.to(F.dtype)
+
+
+ROW = 8
+"""Scalars of a parameter in one step: w1, w2, decay, size, a, b, l2 and one unused."""
+
+
+def adam_rows(hyper: Tensor, step: Tensor, *, radam: bool = False) -> Tensor:
+    """The scalars of `adam_ema_`, so that AdamW and RAdam differ in nothing else.
+
+    Args:
+        hyper: float64 ``[n, 6]``: lr, beta1, beta2, eps, decoupled weight decay, L2 weight decay.
+        step: ``[n]``, >= 1: updates of each parameter, this one included.
+        radam: rectify the variance instead of correcting its bias.
+
+    Returns:
+        float64 ``[n, 8]``.
+
+    Source: Loshchilov and Hutter 2019 (AdamW); Liu et al. 2020 (RAdam).
+    """
+    lr, beta1, beta2, eps, decoupled, l2 = hyper.unbind(1)
+    k = step.double()
+    c1, c2 = 1 - beta1**k, 1 - beta2**k
+    size, a, b = lr / c1, c2.rsqrt(), eps
+    if radam:
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * k * beta2**k / c2
+        rectified = rho > 5
+        square = c2 * (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        size = size * torch.where(rectified, square, torch.ones_like(square)).sqrt()
+        a = rectified.double()
+        b = torch.where(rectified, eps, torch.ones_like(eps))
+    decay = lr * decoupled
+    return torch.stack([1 - beta1, 1 - beta2, decay, size, a, b, l2, torch.zeros_like(lr)], 1)
+
+
+def adam_ema_(
+    x: Tensor,
+    gradient: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    averages: Sequence[Tensor],
+    row: Tensor,
+    clip: Tensor | float,
+    rates: Tensor,
+) -> None:
+    """One sweep over a parameter: clip, AdamW or RAdam, then every average, in place.
+
+    Args:
+        x: the parameter, or the master copy of one of low precision.
+        gradient: like x; None leaves parameter and moments, and moves the averages.
+        exp_avg, exp_avg_sq, averages: like x.
+        row: ``[8]``, see `adam_rows`.
+        clip: factor on the gradient.
+        rates: ``[len(averages)]``, 1 - decay.
+    """
+    if gradient is not None:
+        w1, w2, decay, size, a, b, l2, _ = row.to(x.dtype).unbind()
+        d = gradient.to(x.dtype) * clip + l2 * x
+        exp_avg += w1 * (d - exp_avg)
+        exp_avg_sq += w2 * (d * d - exp_avg_sq)
+        x -= decay * x + size * exp_avg / (exp_avg_sq.sqrt() * a + b)
+    for average, rate in zip(averages, rates):
+        average += rate.to(x.dtype) * (x - average)

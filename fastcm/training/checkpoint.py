@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def write(trainer: Trainer, run: Path) -> Path:
     """Save a trainer into a run; see `Trainer.save`."""
     optimizer, rest = checkpoint.flatten_optimizer(trainer.optimizer.state_dict())
+    # averages are saved by the names of the network, below
+    optimizer = {name: t for name, t in optimizer.items() if ".ema_" not in name}
     rest["param_groups"] = [
         {**group, "lr": lr} for group, lr in zip(rest["param_groups"], trainer.base_lr)
     ]
@@ -35,7 +37,7 @@ def write(trainer: Trainer, run: Path) -> Path:
             "optimizer": optimizer,
             **{f"average_{i}": n.state_dict() for i, n in enumerate(trainer.networks)},
             "random": random,
-            "counters": {"skipped": trainer.skipped},
+            "counters": {"counts": trainer.update.counts},
         },
         {
             "config": trainer.config(),
@@ -71,7 +73,7 @@ def read(trainer: Trainer, run: Path) -> None:
         raise CheckpointError(f"{found.path}: optimizer state does not fit: {error}") from error
     for name, network in {"model": trainer.net, **networks}.items():
         network.load_state_dict(groups[name])
-    trainer.skipped.copy_(groups["counters"]["skipped"])
+    trainer.update.counts.copy_(groups["counters"]["counts"])
     torch.set_rng_state(groups["random"]["cpu"])
     if trainer.device.type == "cuda" and "cuda" in groups["random"]:
         torch.cuda.set_rng_state(groups["random"]["cuda"], trainer.device)

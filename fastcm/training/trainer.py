@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm import checkpoint, ema
+from fastcm import checkpoint
 from fastcm.data import DeviceData, as_source
 from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
+from fastcm.optim import AdamW
 from fastcm.rng import NoiseKey
 from fastcm.training.checkpoint import read, write
 from fastcm.training.logging import MetricsFile, Progress, Rate
 from fastcm.training.step import Compile, Precision, Step
+from fastcm.training.update import update
 
 Schedule = Callable[[int], float]
 Callback = Callable[["Trainer", str], None]
@@ -64,16 +65,18 @@ class Trainer:
     Args:
         net: ``net(x, t, cond=None) -> F`` with F like x ``[B, ...]`` and t ``[B]`` float32.
         objective: `FlowMatching`, `ConsistencyTraining`, `ConsistencyDistillation`, or your own.
-        optimizer: over the parameters of `net`; default AdamW(lr=1e-3). Its learning rates are
-            the base that `lr_schedule` scales.
+        optimizer: over the parameters of `net`; default `fastcm.AdamW`, lr 1e-3. Its learning
+            rates are the base that `lr_schedule` scales.
         data: a tensor ``[N, ...]`` (uint8 images or float), (tensor, labels), a `Dataset`, a path,
             or any iterable of batches.
         batch_size: rows a step.
         seed: of noise, times and the order of the data.
-        averages: of the weights, kept in float32; `ema_network(i)` is the i-th. The objective's
-            target average is added if it is not among them.
+        averages: of the weights, kept in float32; `ema_network(i)` is the i-th. Default those of
+            the optimizer, or EMA(0.999, warmup=True). The objective's target average is added if
+            it is not among them.
         lr_schedule: factor on the learning rates as a function of the step.
-        max_grad_norm: clip the gradient's norm; None does not.
+        max_grad_norm: clip the gradient's norm; None does not. An optimizer of this package that
+            has one of its own keeps it.
         precision: "fp32" or "bf16", see `Step`.
         compile: "auto", True or False, see `Step`.
         device: default that of the network.
@@ -98,7 +101,7 @@ class Trainer:
         data: object,
         batch_size: int = 256,
         seed: int = 0,
-        averages: Sequence[Average] = (EMA(0.999, warmup=True),),
+        averages: Sequence[Average] | None = None,
         lr_schedule: Schedule = constant,
         max_grad_norm: float | None = 1.0,
         precision: Precision = "fp32",
@@ -141,7 +144,6 @@ class Trainer:
         self.source = as_source(data, seed=seed, device=self.device)
         _check_classes(net, self.source, objective)
         self.key = NoiseKey(seed, device=self.device)
-        self.max_grad_norm = max_grad_norm
         self.directory = None if directory is None else Path(directory)
         self.save_every, self.keep, self.log_every = save_every, keep, log_every
         self.callbacks = tuple(callbacks)
@@ -153,21 +155,25 @@ class Trainer:
                 "net has no parameter that requires a gradient (a trainer's average has none): "
                 "call net.requires_grad_(True) first"
             )
-        self.optimizer = _default_optimizer(self._parameters) if optimizer is None else optimizer
+        if optimizer is None:
+            optimizer = AdamW(self._parameters, lr=1e-3, weight_decay=0.0)
+        self.optimizer = optimizer
         self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._lr_schedule = lr_schedule
+        if averages is None:
+            averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
+        wanted: tuple[Average, ...] = tuple(averages)
         target = objective.target_average
-        self.averages = tuple(averages)
-        if target is not None and target not in self.averages:
-            self.averages += (target,)
-        self.networks = [_average_of(self.net) for _ in self.averages]
+        if target is not None and target not in wanted:
+            wanted = (*wanted, target)
+        self.update = update(self.net, optimizer, wanted, max_grad_norm)
+        self.averages, self.networks = self.update.averages, self.update.networks
         target_net = None if target is None else self.networks[self.averages.index(target)]
         self._progress: Progress | None = None
         self._show, self._log_line = progress, log
         self.stepper = Step(
             self.net, objective, target_net, precision=precision, compile=compile, log=self.log
         )
-        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # all, in a row
         self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
         self._config: dict[str, Any] | None = None
         null = getattr(objective, "null_condition", None)
@@ -210,11 +216,11 @@ class Trainer:
         title = type(self.objective).__name__
         with Progress(title, steps, show=self._show and self._log_line is None) as self._progress:
             while self.step < end:
-                loss, norm = self._train_step(end - self.step)
+                loss = self._train_step(end - self.step)
                 self._progress.advance()
                 self._emit("step")
                 if self.step % self.log_every == 0 or self.step == end:
-                    self._report(loss, norm, rate)
+                    self._report(loss, rate)
                 save = self.directory and (
                     self.step == end or (self.save_every and self.step % self.save_every == 0)
                 )
@@ -225,7 +231,7 @@ class Trainer:
         self._progress = None
         return self
 
-    def _train_step(self, remaining: int) -> tuple[Tensor, Tensor]:
+    def _train_step(self, remaining: int) -> Tensor:
         x0, cond = self.source.draw(self.step, self.batch_size)
         self.metadata["shape"] = list(x0.shape[1:])
         factor = self._lr_schedule(self.step)
@@ -233,44 +239,19 @@ class Trainer:
             group["lr"] = lr * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.stepper(x0, cond, self.key, remaining=remaining)
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        finite = torch.isfinite(norm)
-        self._update(finite)
-        self._update_averages(finite)
-        self.skipped += ~finite
-        self.skipped[1] *= ~finite
+        self.update.step()
         self.key.advance_()
         self.step += 1
-        return loss, norm
+        return loss
 
-    def _update(self, finite: Tensor) -> None:
-        """The optimizer's step, unless the gradient is not finite."""
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            # fused optimizers take the flag on the device
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif finite:  # others cannot: this waits for the device
-            self.optimizer.step()
-
-    @torch.no_grad()
-    def _update_averages(self, finite: Tensor) -> None:
-        for average, network in zip(self.averages, self.networks):
-            decay = average.decay(self.key.step)
-            keep = torch.where(finite, decay, torch.ones_like(decay))
-            ema.update_(list(network.parameters()), list(self.net.parameters()), keep)
-            for theirs, ours in zip(network.buffers(), self.net.buffers()):
-                theirs.copy_(ours)
-
-    def _report(self, loss: Tensor, norm: Tensor, rate: Rate) -> None:
+    def _report(self, loss: Tensor, rate: Rate) -> None:
         it_s = rate.read(self.step)
         self.metrics = {
             "step": self.step,
             "loss": loss.item(),
-            "grad_norm": norm.item(),
+            "grad_norm": self.update.grad_norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped": int(self.skipped[0].item()),
+            "skipped": int(self.update.counts[1].item()),
             "it_s": round(it_s, 3),
             "img_s": round(it_s * self.batch_size, 1),
         }
@@ -284,7 +265,7 @@ class Trainer:
 
         What fails is not saved, so that a checkpoint from before it stays.
         """
-        in_a_row = int(self.skipped[1].item())
+        in_a_row = int(self.update.counts[2].item())
         if in_a_row >= NON_FINITE_LIMIT or 1 < steps <= in_a_row:
             saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
             raise NonFiniteError(
@@ -317,7 +298,7 @@ class Trainer:
             ],
             "lr": self.base_lr,
             "lr_schedule": describe(self._lr_schedule),
-            "max_grad_norm": self.max_grad_norm,
+            "max_grad_norm": _number(self.update.max_grad_norm),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "precision": self.stepper.precision,
@@ -365,13 +346,6 @@ def _check_classes(net: nn.Module, source: object, objective: Objective) -> None
         raise ValueError(f"null_condition must be in [0, {classes}], got {null}")
 
 
-def _default_optimizer(parameters: list[nn.Parameter]) -> Optimizer:
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=fused)
-
-
-def _average_of(net: nn.Module) -> nn.Module:
-    average = copy.deepcopy(net).requires_grad_(False).eval()
-    for parameter in average.parameters():
-        parameter.data = parameter.data.float()
-    return average
+def _number(value: float | None) -> float | None:
+    """None for infinity, which JSON does not have."""
+    return None if value is None or math.isinf(value) else value

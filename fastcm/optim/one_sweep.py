@@ -1,0 +1,372 @@
+"""The optimizer that updates parameters, averages and low-precision copies in one sweep."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastcm.ema import EMA, Average
+from fastcm.optim import sharding
+from fastcm.optim.averages import Live, alive, swapped
+from fastcm.optim.backends import Backend, choose
+from fastcm.optim.layout import Layout
+from fastcm.optim.state import (
+    IMPLEMENTATION,
+    check,
+    check_copies,
+    check_options,
+    check_parameters,
+    fill,
+)
+from fastcm.optim.tables import Tables, send
+
+Closure = Callable[[], Any]
+
+
+class OneSweep(Optimizer):
+    """What `AdamW` and `RAdam` share: everything but the scalars of the step."""
+
+    _radam = False
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        ema: Average | Sequence[Average],
+        shadow_dtype: torch.dtype | None,
+        shadow_ema: Sequence[int],
+    ) -> None:
+        self.averages = tuple(ema) if isinstance(ema, Sequence) else (ema,)
+        self.shadow_dtype, self.shadow_ema = shadow_dtype, tuple(shadow_ema)
+        check_copies(max_grad_norm, self.averages, shadow_dtype, self.shadow_ema)
+        self.max_grad_norm = max_grad_norm
+        self._reset()
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        """No state: it is made when first needed."""
+        self._layout: Layout | None = None
+        self._tables: Tables | None = None
+        self._backend: Backend | None = None
+        self._counts: Tensor | None = None
+        self._live: list[Live] = []
+        self._sent: list[Any] = []
+        self._swapped = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with options of its own; its averages start at the parameters.
+
+        Raises:
+            ValueError: options out of range, no parameters, some that are not float, or on another
+                device. The optimizer is unchanged.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_options(group, len(self.param_groups) - 1)
+            check_parameters(self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._layout is not None:
+            self._build()
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update. Nothing waits for the device.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What `closure` returned.
+
+        Raises:
+            ValueError: a sparse gradient.
+            RuntimeError: inside `averaged`.
+        """
+        if self._swapped:
+            raise RuntimeError("step() inside `averaged`: the averages would be trained")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _step(self) -> None:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        layout, tables, backend = self._prepare(upload=not capturing)
+        for slot in tables.staged:
+            layout.follow(slot)
+        for buffer, gradient in tables.copied:
+            buffer.copy_(gradient)
+        for j, average in enumerate(self.averages):
+            if not _is_constant(average):
+                tables.shared[2 + j] = 1.0 - average.decay(tables.counts[0])
+        measured = self.max_grad_norm is not None
+        if measured:
+            backend.grad_norm(tables)
+            sharding.all_reduce(tables.sums, tables.meshes)
+        backend.tick(tables, radam=self._radam, measured=measured)
+        backend.sweep(tables)
+        for slot in tables.staged:
+            assert layout.masters is not None
+            sharding.local(slot.parameter).copy_(slot.view(layout.masters))
+        if not backend.shadows:
+            layout.copy_shadows()
+        self._live = [live for live in self._live if live.module is not None]
+        for live in self._live:
+            live.copy_buffers()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Send to the device what changed on the host: options such as lr, moved gradients.
+
+        `step` does it, except while a CUDA graph is captured: call it after the capture, and
+        before a replay if an option changed.
+        """
+        self._prepare(upload=True)
+
+    def _prepare(self, *, upload: bool) -> tuple[Layout, Tables, Backend]:
+        if self._layout is None:
+            self._build()
+        assert self._tables is not None and self._layout is not None and self._backend is not None
+        if not self._tables.refresh(upload=upload):
+            self._build()  # a parameter has another dtype, shape or strides than before
+            self._tables.refresh(upload=upload)
+        if upload:
+            self._send_options()
+        for i, group in enumerate(self.param_groups):
+            if _on_device(group["lr"]):
+                self._tables.hyper[i, 0].copy_(group["lr"].detach())
+        return self._layout, self._tables, self._backend
+
+    def _send_options(self) -> None:
+        assert self._tables is not None
+        hyper = []
+        for group in self.param_groups:
+            lr = math.nan if _on_device(group["lr"]) else float(group["lr"])
+            decay = float(group["weight_decay"])
+            decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
+            hyper.append([lr, *map(float, group["betas"]), float(group["eps"]), *decays])
+        limit = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
+        if self._sent != [hyper, limit]:
+            send(self._tables.hyper, hyper)
+            send(self._tables.limit, [limit])
+            self._sent = [hyper, limit]
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        """Lay out the state, with what `self.state` holds copied into it."""
+        parameters = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"]]
+        layout = Layout(parameters, len(self.averages), self.shadow_dtype, self.shadow_ema)
+        for index, slot in enumerate(layout.slots):
+            layout.initialise(slot)
+            old = self.state.get(slot.parameter, {})
+            for name, view in layout.entries(index):
+                if name in old:
+                    view.copy_(sharding.local(torch.as_tensor(old[name])))
+        counts = torch.zeros(3, dtype=torch.int64) if self._counts is None else self._counts
+        self._counts = counts.to(layout.device)
+        self._backend = choose(layout.device, layout.dtype)
+        direct = self._backend.direct(layout)
+        self._tables = Tables(layout, len(self.param_groups), direct, self._counts)
+        for j, average in enumerate(self.averages):
+            if _is_constant(average):
+                self._tables.shared[2 + j] = 1.0 - average.decay(self._counts[0])
+        self._layout, self._sent = layout, []
+        self._attach()
+
+    def _attach(self) -> None:
+        """Let `self.state` and the live modules hold views of the flat state."""
+        assert self._layout is not None
+        self.state.clear()
+        for index, slot in enumerate(self._layout.slots):
+            self.state[slot.parameter] = {
+                name: view if name == "step" else sharding.like(slot.parameter, view)
+                for name, view in self._layout.entries(index)
+            }
+        self._layout.copy_shadows()
+        for live in self._live:
+            live.attach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, which loads it, plus the averages: "ema_0", ... of each parameter.
+
+        The tensors are the live state, as with torch: copy or save them before the next step.
+        "counts" are the steps attempted, skipped, and skipped in a row.
+        """
+        found = super().state_dict()
+        if self._counts is not None:
+            found["counts"] = self._counts
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state of this class or of torch's optimizer of the same name.
+
+        What a state from torch lacks starts anew: averages at the parameters. Addresses of the
+        state stay, so captured graphs remain valid.
+
+        Raises:
+            ValueError: another number of groups or parameters, a tensor of another shape, a
+                missing or unsupported entry. The optimizer is unchanged.
+        """
+        if self._layout is None:
+            self._build()
+        layout, counts = self._layout, self._counts
+        assert layout is not None and counts is not None
+        taken: dict[str, Any] = {}
+
+        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            check(given, self.param_groups, len(self.averages))
+            taken.update(given)
+            return {**given, "state": {}}
+
+        # the last of the hooks, so that it sees what those of the user made of the state
+        handle = self.register_load_state_dict_pre_hook(take)
+        ours = [{k: v for k, v in g.items() if k in IMPLEMENTATION} for g in self.param_groups]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, mine in zip(self.param_groups, ours):
+            group.update(mine)
+        fill(layout, counts, taken)
+        self._attach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: options and state, each tensor with memory of its own."""
+        state = {
+            parameter: {name: value.detach().clone() for name, value in entries.items()}
+            for parameter, entries in self.state.items()
+        }
+        own = ("averages", "shadow_dtype", "shadow_ema", "max_grad_norm", "_counts")
+        return {
+            "defaults": self.defaults,
+            "state": state,
+            "param_groups": self.param_groups,
+            **{name: getattr(self, name) for name in own},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "averages" in state:  # a copy or a pickle; load_state_dict comes here too
+            self._reset()
+            state = {**state, "state": defaultdict(dict, state["state"])}
+        super().__setstate__(state)
+
+    def add_ema(self, average: Average) -> int:
+        """Keep another average, which starts at the parameters; returns its index."""
+        self.averages += (average,)
+        if self._layout is not None:
+            self._build()
+        return len(self.averages) - 1
+
+    @contextmanager
+    def averaged(self, i: int, module: nn.Module) -> Iterator[nn.Module]:
+        """Inside, the parameters of `module` hold average `i`.
+
+        They are copied in and put back at the end; parameters that the optimizer does not have
+        stay as they are.
+
+        Raises:
+            ValueError: no such average, or no parameter of the optimizer in `module`.
+        """
+        with torch.no_grad():
+            find = self._finder(self._average(i))
+            context = swapped(module, find)
+            context.__enter__()
+        self._swapped = True
+        try:
+            yield module
+        finally:
+            self._swapped = False
+            with torch.no_grad():
+                context.__exit__(None, None, None)
+
+    def ema_module(self, i: int, module: nn.Module) -> nn.Module:
+        """A copy of `module`, in eval mode, whose parameters are average `i`: live, not copied.
+
+        `step` updates it, its buffers too. It takes no memory of its own for parameters.
+
+        Raises:
+            ValueError: no such average, a sharded module, or none of the optimizer's parameters.
+        """
+        return self._live_module(module, self._average(i))
+
+    def shadow_module(self, module: nn.Module, i: int | None = None) -> nn.Module:
+        """As `ema_module` with the low-precision copies of the parameters, or of average `i`.
+
+        Raises:
+            ValueError: as `ema_module`, or there is no such copy.
+        """
+        wanted = -1 if i is None else i
+
+        def flat(layout: Layout) -> Tensor:
+            if wanted not in layout.shadow_sources:
+                raise ValueError(
+                    f"there is no low-precision copy of {'parameters' if i is None else i}: give "
+                    "the optimizer shadow_dtype, and shadow_ema for averages"
+                )
+            return layout.shadows[layout.shadow_sources.index(wanted)]
+
+        return self._live_module(module, flat)
+
+    def _average(self, i: int) -> Callable[[Layout], Tensor]:
+        if not -len(self.averages) <= i < len(self.averages):
+            raise ValueError(f"there is no average {i}: the optimizer has {len(self.averages)}")
+        return lambda layout: layout.averages[i]
+
+    def _finder(self, flat: Callable[[Layout], Tensor]) -> Callable[[Tensor], Tensor | None]:
+        if self._layout is None:
+            self._build()
+
+        def find(parameter: Tensor) -> Tensor | None:
+            assert self._layout is not None
+            slot = self._layout.find(parameter)
+            return None if slot is None else slot.view(flat(self._layout))
+
+        return find
+
+    def _live_module(self, module: nn.Module, flat: Callable[[Layout], Tensor]) -> nn.Module:
+        network, live = alive(module, self._finder(flat))
+        self._live.append(live)
+        return network
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient before clipping in the last step, a 0-d device tensor.
+
+        NaN where it was not measured: max_grad_norm=None. The next step overwrites it.
+        """
+        if self._tables is None:
+            self._build()
+        assert self._tables is not None
+        return self._tables.norm[0]
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 ``[3]`` on the device: steps attempted, skipped, skipped in a row."""
+        if self._counts is None:
+            self._build()
+        assert self._counts is not None
+        return self._counts
+
+
+def _is_constant(average: Average) -> bool:
+    return isinstance(average, EMA) and not average.warmup
+
+
+def _on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"

@@ -1,0 +1,84 @@
+"""DTensor parameters (FSDP2): the local shard to work on, and what a norm is reduced over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Mesh = tuple[Any, tuple[int, ...]] | None
+"""Where the squares of a gradient are spread: a device mesh and its dimensions; None: nowhere."""
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    # whoever has one has imported the module, which costs a second
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the shard of a DTensor on this rank; detached, the same memory."""
+    if is_dtensor(tensor):
+        shard: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+        return shard.detach()
+    return tensor.detach()
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """The gradient of the local shard."""
+    found = parameter.grad
+    if found is None or not is_dtensor(parameter):
+        return found
+    sharded: Any = found
+    placements = parameter.placements  # type: ignore[attr-defined]
+    if sharded.placements != placements:
+        sharded = sharded.redistribute(placements=placements)
+    shard: Tensor = sharded._local_tensor
+    return shard
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """State of a shard as a DTensor, as distributed checkpoints want it."""
+    if not is_dtensor(parameter):
+        return value
+    sharded: Any = parameter
+    wrapped: Tensor = type(sharded).from_local(
+        value,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=sharded.stride(),
+    )
+    return wrapped
+
+
+def local_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """The local shard of a loaded value, which may be a full tensor."""
+    if is_dtensor(parameter) and not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        mesh, placements = sharded.device_mesh, sharded.placements
+        value = distribute_tensor(value.to(local(parameter).device), mesh, placements)
+    return local(value)
+
+
+def mesh_of(parameter: Tensor) -> Mesh:
+    """What the squared norm of its gradient is summed over: sharded dimensions, not replicas."""
+    if not is_dtensor(parameter):
+        return None
+    sharded: Any = parameter
+    dims = tuple(i for i, p in enumerate(sharded.placements) if not p.is_replicate())
+    return (sharded.device_mesh, dims) if dims else None
+
+
+def all_reduce(sums: Tensor, meshes: Sequence[Mesh]) -> None:
+    """Sum entry i of `sums` over the ranks of meshes[i], in place."""
+    for i, mesh in enumerate(meshes):
+        if mesh is not None:
+            for dim in mesh[1]:
+                torch.distributed.all_reduce(sums[i : i + 1], group=mesh[0].get_group(dim))

@@ -1,0 +1,146 @@
+"""The half of a step after the gradients: clip, optimizer, averages."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastcm import ema
+from fastcm.ema import Average
+from fastcm.optim.one_sweep import OneSweep
+
+
+class Update(Protocol):
+    """Applies gradients, unless their norm is not finite.
+
+    Attributes:
+        averages: of the weights.
+        networks: one for each average, live.
+        max_grad_norm: of the clipping; None for none.
+    """
+
+    averages: tuple[Average, ...]
+    networks: list[nn.Module]
+    max_grad_norm: float | None
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Before clipping, a 0-d device tensor; the next step overwrites it."""
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 ``[3]`` on the device: steps attempted, skipped, skipped in a row."""
+
+    def step(self) -> None:
+        """One update of parameters and averages."""
+
+
+class Sweep:
+    """By an optimizer of this package: one pass for everything."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OneSweep,
+        averages: Sequence[Average],
+        max_grad_norm: float | None,
+    ) -> None:
+        for average in averages:
+            if average not in optimizer.averages:
+                optimizer.add_ema(average)
+        if optimizer.max_grad_norm is None:
+            optimizer.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        self.max_grad_norm: float | None = optimizer.max_grad_norm
+        self.averages = optimizer.averages
+        self.networks = [optimizer.ema_module(i, net) for i in range(len(self.averages))]
+        self._optimizer = optimizer
+
+    @property
+    def grad_norm(self) -> Tensor:
+        return self._optimizer.grad_norm
+
+    @property
+    def counts(self) -> Tensor:
+        return self._optimizer.counts
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+
+class Stock:
+    """By any other optimizer: clipping and averages around its step."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Optimizer,
+        averages: Sequence[Average],
+        max_grad_norm: float | None,
+    ) -> None:
+        self.averages = tuple(averages)
+        self.networks = [_average_of(net) for _ in self.averages]
+        self.max_grad_norm = max_grad_norm
+        self._net = net
+        self._optimizer = optimizer
+        device = next(net.parameters()).device
+        self._norm = torch.full((), math.nan, device=device)
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        return self._norm
+
+    @property
+    def counts(self) -> Tensor:
+        return self._counts
+
+    @torch.no_grad()
+    def step(self) -> None:
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        parameters = [p for p in self._net.parameters() if p.requires_grad]
+        self._norm = nn.utils.clip_grad_norm_(parameters, limit)
+        finite = torch.isfinite(self._norm)
+        self._apply(finite)
+        for average, network in zip(self.averages, self.networks):
+            decay = average.decay(self._counts[0])
+            keep = torch.where(finite, decay, torch.ones_like(decay))
+            ema.update_(list(network.parameters()), list(self._net.parameters()), keep)
+            for theirs, ours in zip(network.buffers(), self._net.buffers()):
+                theirs.copy_(ours)
+        self._counts[0] += 1
+        self._counts[1:] += ~finite
+        self._counts[2] *= ~finite
+
+    def _apply(self, finite: Tensor) -> None:
+        if getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            # fused optimizers take the flag on the device
+            self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self._optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif finite:  # others cannot: this waits for the device
+            self._optimizer.step()
+
+
+def update(
+    net: nn.Module,
+    optimizer: Optimizer,
+    averages: Sequence[Average],
+    max_grad_norm: float | None,
+) -> Update:
+    """The update that suits an optimizer."""
+    if isinstance(optimizer, OneSweep):
+        return Sweep(net, optimizer, averages, max_grad_norm)
+    return Stock(net, optimizer, averages, max_grad_norm)
+
+
+def _average_of(net: nn.Module) -> nn.Module:
+    average = copy.deepcopy(net).requires_grad_(False).eval()
+    for parameter in average.parameters():
+        parameter.data = parameter.data.float()
+    return average
