@@ -31,6 +31,7 @@ ALLOWED = {
     "validation": MATHS,
     "ops": MATHS | {"dispatch", "operators", "gradients", "validation"},
     "objectives": MATHS | {"ops"},
+    "posthoc": MATHS | {"checkpoint"},
     "optim": MATHS | {"kernels"},
     "solvers": {"ops"},
     "sampling": MATHS | {"ops", "solvers", "objectives"},
