@@ -120,7 +120,7 @@ def measure(case: Case, *, rounds: int = 15, seconds: float = 0.03) -> dict[str,
         "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
         "max_error": errors,
     }
-    for name in ("eager", "compiled", "copy"):
+    for name in ("eager", "compiled", "stock", "copy"):
         if name in samples:
             pairs = zip(samples[name], samples["fastcm"])
             row[f"{name}/fastcm"] = statistics.median(a / b for a, b in pairs)

@@ -59,6 +59,25 @@ def ops_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def optim_table(report: dict[str, Any]) -> str:
+    """Ratios of the optimizer's benchmark."""
+    machine = report["machine"]
+    lines = [
+        "| parameters | averages | fastcm | eager / fastcm | best of torch / fastcm |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        kept = f"{row['averages']}{', bfloat16 copy' if row['shadow'] else ''}"
+        ratios = f"{row['eager/fastcm']:.1f} | {row['stock/fastcm']:.1f}"
+        lines.append(f"| {row['network']} | {kept} | {row['ms']['fastcm']:.1f} ms | {ratios} |")
+    lines.append("")
+    lines.append(
+        f"On {machine['threads']} CPU threads, torch {machine['torch']}. Eager: clip, foreach "
+        "AdamW, a Python loop for each average. Best of torch: clip, fused AdamW, foreach lerp."
+    )
+    return "\n".join(lines)
+
+
 def codegen_summary(report: dict[str, Any]) -> str:
     """What the kernels compile to, in one paragraph."""
     rows = report["rows"]
@@ -80,6 +99,7 @@ def codegen_summary(report: dict[str, Any]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo_table),
     "ops": ("ops_cpu", ops_table),
+    "optim": ("optim_cpu", optim_table),
     "codegen": ("codegen", codegen_summary),
 }
 

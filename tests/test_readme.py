@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,10 +34,18 @@ def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(x, torch.Tensor) and x.shape == (1000, 2)
 
 
+def test_the_optimizer_in_a_loop_of_ones_own() -> None:
+    scope: dict[str, Any] = {}
+    exec(BLOCKS[1], scope)
+    weight, average = scope["net"].weight, scope["target"].weight
+    assert scope["optimizer"].counts.tolist() == [3, 0, 0]
+    assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.01)
+
+
 def test_the_objective_of_the_readme_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "readme_objective.py").write_text(BLOCKS[1])
+    (tmp_path / "readme_objective.py").write_text(BLOCKS[2])
     monkeypatch.syspath_prepend(tmp_path)
     objective = importlib.import_module("readme_objective").Denoising()
     torch.manual_seed(0)
