@@ -12,7 +12,6 @@ import torch
 from fastcm import checkpoint
 from fastcm.checkpoint import CheckpointError
 from fastcm.description import differences
-from fastcm.rng import NoiseKey
 
 if TYPE_CHECKING:
     from fastcm.training.trainer import Trainer
@@ -41,7 +40,7 @@ def write(trainer: Trainer, run: Path) -> Path:
         },
         {
             "config": trainer.config(),
-            "compiled": trainer.stepper.compiled,
+            "compiled": trainer.gradients.compiled,
             "optimizer": rest,
             "num_averages": len(trainer.networks),
             **trainer.metadata,
@@ -77,7 +76,7 @@ def read(trainer: Trainer, run: Path) -> None:
     torch.set_rng_state(groups["random"]["cpu"])
     if trainer.device.type == "cuda" and "cuda" in groups["random"]:
         torch.cuda.set_rng_state(groups["random"]["cuda"], trainer.device)
-    if trainer.stepper.compiled is None:  # what "auto" chose: the same numbers after a resume
-        trainer.stepper.compiled = cast("bool | None", found.state["compiled"])
+    if trainer.gradients.compiled is None:  # what "auto" chose: the same numbers after a resume
+        trainer.gradients.compiled = cast("bool | None", found.state["compiled"])
     trainer.step = int(found.state["step"])
-    trainer.key = NoiseKey(trainer.seed, trainer.step, device=trainer.device)
+    trainer.key.step.fill_(trainer.step)  # in place: a captured step reads it

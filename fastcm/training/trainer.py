@@ -18,9 +18,11 @@ from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.rng import NoiseKey
+from fastcm.schedules import intervals
 from fastcm.training.checkpoint import read, write
-from fastcm.training.logging import MetricsFile, Progress, Rate
-from fastcm.training.step import Compile, Precision, Step
+from fastcm.training.gradients import Compile, Gradients, Precision
+from fastcm.training.logging import MetricsFile, Progress, Rate, Reading, peak_memory
+from fastcm.training.step import Graph, Step
 from fastcm.training.update import update
 
 Schedule = Callable[[int], float]
@@ -77,8 +79,10 @@ class Trainer:
         lr_schedule: factor on the learning rates as a function of the step.
         max_grad_norm: clip the gradient's norm; None does not. An optimizer of this package that
             has one of its own keeps it.
-        precision: "fp32" or "bf16", see `Step`.
-        compile: "auto", True or False, see `Step`.
+        precision: "fp32" or "bf16", see `Gradients`.
+        compile: "auto", "regional", True or False, see `Gradients`.
+        graph: "auto", "step" or "off", see `Step`.
+        accumulate: micro-batches that each batch is cut into, to save memory.
         device: default that of the network.
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
@@ -106,6 +110,8 @@ class Trainer:
         max_grad_norm: float | None = 1.0,
         precision: Precision = "fp32",
         compile: Compile = "auto",
+        graph: Graph = "auto",
+        accumulate: int = 1,
         device: torch.device | str | None = None,
         directory: str | Path | None = None,
         save_every: int = 0,
@@ -171,10 +177,31 @@ class Trainer:
         target_net = None if target is None else self.networks[self.averages.index(target)]
         self._progress: Progress | None = None
         self._show, self._log_line = progress, log
+        self.gradients = Gradients(
+            self.net,
+            objective,
+            target_net,
+            precision=precision,
+            compile=compile,
+            accumulate=accumulate,
+            log=self.log,
+        )
+        if batch_size % accumulate:
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of accumulate {accumulate}"
+            )
         self.stepper = Step(
-            self.net, objective, target_net, precision=precision, compile=compile, log=self.log
+            self.source,
+            batch_size,
+            self.gradients,
+            optimizer,
+            self.update,
+            self.key,
+            graph=graph,
+            log=self.log,
         )
         self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
+        self._reading: Reading | None = None
         self._config: dict[str, Any] | None = None
         null = getattr(objective, "null_condition", None)
         self.metadata: dict[str, Any] = {
@@ -220,7 +247,8 @@ class Trainer:
                 self._progress.advance()
                 self._emit("step")
                 if self.step % self.log_every == 0 or self.step == end:
-                    self._report(loss, rate)
+                    self._measure(loss, rate)
+                self._report(wait=self.step == end)
                 save = self.directory and (
                     self.step == end or (self.save_every and self.step % self.save_every == 0)
                 )
@@ -232,32 +260,47 @@ class Trainer:
         return self
 
     def _train_step(self, remaining: int) -> Tensor:
-        x0, cond = self.source.draw(self.step, self.batch_size)
-        self.metadata["shape"] = list(x0.shape[1:])
         factor = self._lr_schedule(self.step)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.stepper(x0, cond, self.key, remaining=remaining)
-        self.update.step()
-        self.key.advance_()
+        loss = self.stepper(self.step, remaining=remaining)
         self.step += 1
+        if self.metadata["shape"] is None and self.stepper.shape is not None:
+            self.metadata["shape"] = list(self.stepper.shape)
         return loss
 
-    def _report(self, loss: Tensor, rate: Rate) -> None:
+    def _measure(self, loss: Tensor, rate: Rate) -> None:
+        """Start to read the metrics of the step just taken, without waiting for the device."""
+        self._report(wait=True)
         it_s = rate.read(self.step)
-        self.metrics = {
+        host = {
             "step": self.step,
-            "loss": loss.item(),
-            "grad_norm": self.update.grad_norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped": int(self.update.counts[1].item()),
             "it_s": round(it_s, 3),
             "img_s": round(it_s * self.batch_size, 1),
+            "memory_mb": round(peak_memory(self.device) / 2**20, 1),
         }
+        last = self.key.step - 1
+        device = {
+            "loss": loss,
+            "grad_norm": self.update.grad_norm,
+            "skipped": self.update.counts[1],
+            **{f"ema_{i}": average.decay(last) for i, average in enumerate(self.averages)},
+        }
+        discretization = getattr(self.objective, "discretization", None)
+        if discretization is not None:
+            n = intervals(discretization, last)
+            device["intervals"] = torch.full_like(last, n) if isinstance(n, int) else n
+        self._reading = Reading(host, device)
+
+    def _report(self, *, wait: bool = False) -> None:
+        """Publish the metrics that are being read, if they have arrived."""
+        if self._reading is None or not (wait or self._reading.arrived):
+            return
+        self.metrics, self._reading = self._reading.values(), None
         self._metrics_file.write(self.metrics)
-        assert self._progress is not None
-        self._progress.report(self.metrics)
+        if self._progress is not None:
+            self._progress.report(self.metrics)
         self._emit("log")
 
     def _is_finite(self, steps: int) -> bool:
@@ -301,7 +344,8 @@ class Trainer:
             "max_grad_norm": _number(self.update.max_grad_norm),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "precision": self.stepper.precision,
+            "precision": self.gradients.precision,
+            "accumulate": self.gradients.accumulate,
             "data": self.source.describe(),
         }
 
