@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from fastcm.optim.state import (
     check_parameters,
     fill,
 )
-from fastcm.optim.tables import Tables, send
+from fastcm.optim.tables import Tables
 
 Closure = Callable[[], Any]
 
@@ -59,7 +58,6 @@ class OneSweep(Optimizer):
         self._backend: Backend | None = None
         self._counts: Tensor | None = None
         self._live: list[Live] = []
-        self._sent: list[Any] = []
         self._swapped = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -145,26 +143,8 @@ class OneSweep(Optimizer):
         if not self._tables.refresh(upload=upload):
             self._build()  # a parameter has another dtype, shape or strides than before
             self._tables.refresh(upload=upload)
-        if upload:
-            self._send_options()
-        for i, group in enumerate(self.param_groups):
-            if _on_device(group["lr"]):
-                self._tables.hyper[i, 0].copy_(group["lr"].detach())
+        self._tables.options(self.param_groups, self.max_grad_norm, upload=upload)
         return self._layout, self._tables, self._backend
-
-    def _send_options(self) -> None:
-        assert self._tables is not None
-        hyper = []
-        for group in self.param_groups:
-            lr = math.nan if _on_device(group["lr"]) else float(group["lr"])
-            decay = float(group["weight_decay"])
-            decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
-            hyper.append([lr, *map(float, group["betas"]), float(group["eps"]), *decays])
-        limit = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
-        if self._sent != [hyper, limit]:
-            send(self._tables.hyper, hyper)
-            send(self._tables.limit, [limit])
-            self._sent = [hyper, limit]
 
     @torch.no_grad()
     def _build(self) -> None:
@@ -185,7 +165,7 @@ class OneSweep(Optimizer):
         for j, average in enumerate(self.averages):
             if _is_constant(average):
                 self._tables.shared[2 + j] = 1.0 - average.decay(self._counts[0])
-        self._layout, self._sent = layout, []
+        self._layout = layout
         self._attach()
 
     def _attach(self) -> None:
@@ -366,7 +346,3 @@ class OneSweep(Optimizer):
 
 def _is_constant(average: Average) -> bool:
     return isinstance(average, EMA) and not average.warmup
-
-
-def _on_device(lr: float | Tensor) -> bool:
-    return isinstance(lr, Tensor) and lr.device.type != "cpu"

@@ -6,7 +6,9 @@ step and sent to the device when one of them moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +75,7 @@ class Tables:
         self._sharded = any(sharding.is_dtensor(slot.parameter) for slot in layout.slots)
         self._buffers: dict[int, Tensor] = {}
         self._seen: list[object] = []
+        self._sent: list[object] = []
         self._kinds: list[Kind] = []
         self._addresses: list[list[int]] = []
 
@@ -111,6 +114,26 @@ class Tables:
         if upload:
             self._upload()
         return True
+
+    def options(
+        self, groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None, *, upload: bool
+    ) -> None:
+        """Fill `hyper` and `limit` with what changed in the options of the optimizer."""
+        if upload:
+            hyper = []
+            for group in groups:
+                lr = math.nan if _on_device(group["lr"]) else float(group["lr"])
+                decay = float(group["weight_decay"])
+                decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
+                hyper.append([lr, *map(float, group["betas"]), float(group["eps"]), *decays])
+            limit = math.inf if max_grad_norm is None else float(max_grad_norm)
+            if self._sent != [hyper, limit]:
+                send(self.hyper, hyper)
+                send(self.limit, [limit])
+                self._sent = [hyper, limit]
+        for i, group in enumerate(groups):
+            if _on_device(group["lr"]):
+                self.hyper[i, 0].copy_(group["lr"].detach())
 
     def _assign(self, shards: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Decide what is read in place and what is copied, and collect the addresses."""
@@ -197,3 +220,7 @@ def send(target: Tensor, values: object) -> None:
     # fresh pinned memory each time: one buffer would be overwritten while a copy still reads it
     source = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
     target.copy_(source, non_blocking=True)
+
+
+def _on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
