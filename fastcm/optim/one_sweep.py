@@ -151,12 +151,7 @@ class OneSweep(Optimizer):
         """Lay out the state, with what `self.state` holds copied into it."""
         parameters = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"]]
         layout = Layout(parameters, len(self.averages), self.shadow_dtype, self.shadow_ema)
-        for index, slot in enumerate(layout.slots):
-            layout.initialise(slot)
-            old = self.state.get(slot.parameter, {})
-            for name, view in layout.entries(index):
-                if name in old:
-                    view.copy_(sharding.local(torch.as_tensor(old[name])))
+        layout.take(self.state)
         counts = torch.zeros(3, dtype=torch.int64) if self._counts is None else self._counts
         self._counts = counts.to(layout.device)
         self._backend = choose(layout.device, layout.dtype)

@@ -93,11 +93,12 @@ class Tables:
             shards = [sharding.local(p) for p in shards]
         for p, g in zip(shards, gradients):
             if g is None:
-                seen.append((p.data_ptr(), p.stride()))
+                seen.append((p.data_ptr(), p.stride(), p.shape, p.dtype))
             elif g.layout != torch.strided:
                 raise ValueError(f"the optimizer takes dense gradients, got one that is {g.layout}")
             else:
-                seen.append((p.data_ptr(), p.stride(), g.data_ptr(), g.stride(), g.dtype))
+                form = (p.data_ptr(), p.stride(), p.shape, p.dtype)
+                seen.append((*form, g.data_ptr(), g.stride(), g.shape, g.dtype))
         self.gradients = gradients
         if seen == self._seen and not self.copied:
             if upload:
@@ -109,6 +110,7 @@ class Tables:
         )
         if not all(fits):
             return False
+        self._seen = []  # of a form that is refused, nothing is kept
         self._assign(shards, gradients)
         self._seen = seen
         if upload:
@@ -142,6 +144,13 @@ class Tables:
         rows: list[list[int]] = [[], []]
         kinds: list[Kind] = []
         for i, (slot, p, g) in enumerate(zip(layout.slots, shards, gradients)):
+            if slot.numel and not p.data_ptr():
+                raise ValueError(f"parameter {i} of {list(p.shape)} has no memory")
+            if g is not None and g.shape != slot.shape:
+                raise ValueError(
+                    f"the gradient of parameter {i} is {list(g.shape)}, the parameter "
+                    f"{list(slot.shape)}: its data were replaced after the gradient was made"
+                )
             if slot.dense and slot.dtype in self._direct:
                 address, dtype = p.data_ptr(), slot.dtype
             else:
@@ -172,6 +181,8 @@ class Tables:
     def _in_place(self, slot: Slot, g: Tensor) -> bool:
         return (
             g.dtype in self._direct
+            and g.data_ptr() != 0  # a tensor of zeros may have no memory
+            and not g.is_neg()
             and is_dense(g)
             and same_order(slot.shape, g.stride(), slot.stride)
         )
