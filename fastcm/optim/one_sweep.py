@@ -123,6 +123,7 @@ class OneSweep(Optimizer):
             sharding.local(slot.parameter).copy_(slot.view(layout.masters))
         if not backend.shadows:
             layout.copy_shadows()
+        tables.release()
         self._live = [live for live in self._live if live.module is not None]
         for live in self._live:
             live.copy_buffers()

@@ -117,6 +117,12 @@ class Tables:
             self._upload()
         return True
 
+    def release(self) -> None:
+        """Let go of the gradients: nobody else may hold them until the next step."""
+        self.gradients = [None] * len(self.gradients)
+        if self.copied:
+            self.copied, self._seen = [], []
+
     def options(
         self, groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None, *, upload: bool
     ) -> None:
