@@ -33,6 +33,7 @@ class OneSweep(Optimizer):
     """What `AdamW` and `RAdam` share: everything but the scalars of the step."""
 
     _radam = False
+    _never_loaded = IMPLEMENTATION
 
     def __init__(
         self,
@@ -199,10 +200,6 @@ class OneSweep(Optimizer):
             ValueError: another number of groups or parameters, a tensor of another shape, a
                 missing or unsupported entry. The optimizer is unchanged.
         """
-        if self._layout is None:
-            self._build()
-        layout, counts = self._layout, self._counts
-        assert layout is not None and counts is not None
         taken: dict[str, Any] = {}
 
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -212,14 +209,22 @@ class OneSweep(Optimizer):
 
         # the last of the hooks, so that it sees what those of the user made of the state
         handle = self.register_load_state_dict_pre_hook(take)
-        ours = [{k: v for k, v in g.items() if k in IMPLEMENTATION} for g in self.param_groups]
+        before = [dict(group) for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for group, mine in zip(self.param_groups, ours):
-            group.update(mine)
-        fill(layout, counts, taken)
+        for group, mine in zip(self.param_groups, before):
+            for name in self.defaults:
+                if name in self._never_loaded or name not in group:
+                    group[name] = mine[name]
+        if self._layout is None:
+            self._counts = None
+            if not taken["state"]:  # of a fresh optimizer: still made at the first step
+                return
+            self._build()
+        assert self._layout is not None and self._counts is not None
+        fill(self._layout, self._counts, taken)
         self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
