@@ -44,6 +44,8 @@ class AdamW(OneSweep):
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
 
+    _never_loaded = (*OneSweep._never_loaded, "decoupled_weight_decay")
+
     def __init__(
         self,
         params: Any,
