@@ -33,7 +33,7 @@ class OneSweep(Optimizer):
     """What `AdamW` and `RAdam` share: everything but the scalars of the step."""
 
     _radam = False
-    _never_loaded = IMPLEMENTATION
+    _never_loaded: tuple[str, ...] = IMPLEMENTATION
 
     def __init__(
         self,
@@ -130,13 +130,19 @@ class OneSweep(Optimizer):
             live.copy_buffers()
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Send to the device what changed on the host: options such as lr, moved gradients.
 
         `step` does it, except while a CUDA graph is captured: call it after the capture, and
-        before a replay if an option changed.
+        before a replay.
+
+        Returns:
+            Whether parameters, gradients or state moved since the last step or call, so that a
+            graph captured before is void.
         """
-        self._prepare(upload=True)
+        before = self._tables and (self._tables, self._tables.version)
+        _, tables, _ = self._prepare(upload=True)
+        return before != (tables, tables.version)
 
     def _prepare(self, *, upload: bool) -> tuple[Layout, Tables, Backend]:
         if self._layout is None:

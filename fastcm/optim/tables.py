@@ -45,6 +45,7 @@ class Tables:
         rows, shared, norm: scalars of the step, in the dtype of the state.
         averages, shadows: int64, addresses.
         gradients: of each parameter, or None.
+        version: counts the times that an address changed.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Tables:
         self._sent: list[object] = []
         self._kinds: list[Kind] = []
         self._addresses: list[list[int]] = []
+        self._pending = False
+        self.version = 0
 
     def refresh(self, *, upload: bool = True) -> bool:
         """Find what moved since the last step; False if a parameter changed its form or device.
@@ -179,7 +182,9 @@ class Tables:
                     "layout or alignment than before: take a few steps on the capture stream first"
                 )
             self._partition(kinds)
-        self._addresses = rows
+        if rows != self._addresses:
+            self._addresses, self._pending = rows, True
+            self.version += 1
 
     def _capturing(self) -> bool:
         return self.tensors.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -227,9 +232,9 @@ class Tables:
         self._kinds = kinds
 
     def _upload(self) -> None:
-        if self._addresses:
+        if self._pending:
             send(self.tensors[:2], self._addresses)
-            self._addresses = []
+            self._pending = False
 
 
 def send(target: Tensor, values: object) -> None:

@@ -22,10 +22,10 @@ from fastcm.schedules import intervals
 from fastcm.training.checkpoint import read, write
 from fastcm.training.gradients import Compile, Gradients, Precision
 from fastcm.training.logging import MetricsFile, Progress, Rate, Reading, peak_memory
+from fastcm.training.lr import Schedule, constant
 from fastcm.training.step import Graph, Step
 from fastcm.training.update import update
 
-Schedule = Callable[[int], float]
 Callback = Callable[["Trainer", str], None]
 
 NON_FINITE_LIMIT = 20
@@ -33,32 +33,6 @@ NON_FINITE_LIMIT = 20
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient was not finite for many steps in a row."""
-
-
-def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Schedule:
-    """Learning-rate factor: linear over `warmup` steps, then a cosine down to `floor` at `total`.
-
-    Raises:
-        ValueError: warmup < 0, total < 1 or floor outside [0, 1].
-    """
-    if warmup < 0 or total < 1 or not 0 <= floor <= 1:
-        raise ValueError(
-            f"need warmup >= 0, total >= 1, floor in [0, 1], got {warmup}, {total}, {floor}"
-        )
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min((step - warmup) / max(total - warmup, 1), 1.0)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-    factor.__qualname__ = f"warmup_cosine({warmup}, {total}, {floor})"
-    return factor
-
-
-def constant(step: int) -> float:
-    """Learning-rate factor 1."""
-    return 1.0
 
 
 class Trainer:
