@@ -84,7 +84,7 @@ class Gradients:
     def masks_are_shared(self) -> bool:
         """Whether the target is the student itself, and must drop the same activations."""
         drops = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
-        return drops and self.target_net is None and hasattr(self.objective, "target_average")
+        return drops and getattr(self.objective, "shares_weights", False)
 
     def __call__(
         self, x0: Tensor, cond: Tensor | None, key: NoiseKey, *, remaining: int = 1
