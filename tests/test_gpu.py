@@ -168,18 +168,15 @@ def test_a_graph_survives_a_load_and_is_captured_again_when_memory_moved(tmp_pat
 def test_a_captured_step_skips_a_gradient_that_is_not_finite() -> None:
     t = trainer(_copy("flow"), "cuda", graph="step").fit(30)
     before = weights(t)
-    data = t.source.dataset.x
-    kept = data.clone()
-    with torch.no_grad():
-        first = next(t.net.parameters())
-        held = first.clone()
-        first.fill_(float("inf"))
-        t._train_step(1)
-        assert t.update.counts.tolist() == [31, 1, 1]
-        first.copy_(held)
+    first = next(t.net.parameters()).detach()
+    held = first.clone()
+    first.fill_(float("inf"))
+    t._train_step(1)
+    assert t.update.counts.tolist() == [31, 1, 1]
+    first.copy_(held)
     assert all(torch.equal(p, q) for p, q in zip(before, weights(t)))
     t._train_step(1)
-    assert t.update.counts.tolist() == [32, 1, 0] and torch.equal(kept, data)
+    assert t.update.counts.tolist() == [32, 1, 0]
 
 
 def test_micro_batches_train_alike_in_a_graph() -> None:
@@ -213,7 +210,7 @@ def test_the_optimizer_on_the_gpu_is_that_on_the_cpu() -> None:
         found = [t.cpu().float() for p in params for t in (p.detach(), *o.state[p].values())]
         results.append([*found, *(s.cpu().float() for s in o._layout.shadows), o.grad_norm.cpu()])
     for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=2e-2 if one.numel() > 9000 else 1e-2, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
 
 
 def test_samples_do_not_depend_on_the_device() -> None:
