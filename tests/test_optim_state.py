@@ -90,3 +90,16 @@ def test_averages_start_at_the_first_step_though_an_empty_state_was_loaded(backe
         net[1].weight.fill_(5.0)  # as by loading pretrained weights
     train(net, optimizer, 1)
     assert torch.equal(optimizer.state[net[1].weight]["ema_0"], torch.full((8, 3), 5.0))
+
+
+def test_an_optimizer_can_load_its_own_live_state(backend: str) -> None:
+    net = network().bfloat16()
+    optimizer = AdamW(net.parameters(), lr=1e-4, ema=EMA(0.9))
+    train(net, optimizer, 5)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    after = optimizer.state_dict()
+    for index, entries in before["state"].items():
+        assert {"ema_0", "master"} < set(entries)
+        for name, value in entries.items():
+            assert torch.equal(after["state"][index][name], value), name
