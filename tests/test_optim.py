@@ -298,57 +298,6 @@ def test_low_precision_parameters_are_roundings_of_float32_masters(
     assert torch.equal(ours.state[p]["master"], q) and torch.equal(p, q.to(dtype))
 
 
-def _replace(net: nn.Module) -> None:
-    for p in net.parameters():
-        p.data = p.data.clone()
-
-
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "data replaced": _replace,
-    "channels last": lambda net: net.to(memory_format=torch.channels_last),
-    "float64": lambda net: net.double(),
-    "float64 and back": lambda net: (net.double(), net.float()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_the_state_goes_along_when_a_module_moves(change: str, backend: str) -> None:
-    moved = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 1))
-    kept = copy.deepcopy(moved)
-    pairs = [
-        (n, AdamW(n.parameters(), lr=0.1, max_grad_norm=1.0, ema=EMA(0.9))) for n in (moved, kept)
-    ]
-    average = pairs[0][1].ema_module(0, moved)
-    for i in range(6):
-        if i == 3:
-            CHANGES[change](moved)
-        x = torch.randn(2, 2, 5, 5)
-        for net, optimizer in pairs:
-            optimizer.zero_grad()
-            net(x.to(net[0].weight.dtype)).square().mean().backward()
-            optimizer.step()
-    assert distance(list(moved.parameters()), list(kept.parameters())) < 1e-5
-    expected = [pairs[1][1].state[p]["ema_0"] for p in kept.parameters()]
-    assert distance(list(average.parameters()), expected) < 1e-5
-
-
-def test_tied_parameters_are_updated_once(backend: str) -> None:
-    net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
-    net[1].weight = net[0].weight
-    stock = copy.deepcopy(net)
-    ours, theirs = (
-        AdamW(net.parameters(), lr=0.1, ema=EMA(0.5)),
-        torch.optim.AdamW(stock.parameters(), lr=0.1),
-    )
-    x = torch.randn(3, 4, dtype=torch.float64)
-    for n, optimizer in ((net, ours), (stock, theirs)):
-        n[1](n[0](x).sin()).square().mean().backward()
-        optimizer.step()
-    assert distance(list(net.parameters()), list(stock.parameters())) < 1e-14
-    average = ours.ema_module(0, net)
-    assert average[0].weight is average[1].weight
-
-
 def test_gradients_are_not_kept_after_a_step(backend: str) -> None:
     parameters = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5, 2).t())]
     optimizer = AdamW(parameters, max_grad_norm=1.0)

@@ -21,6 +21,8 @@ def same_order(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a piece of memory, each once, in any order of dimensions."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size == 1:

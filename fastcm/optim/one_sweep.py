@@ -51,6 +51,8 @@ class OneSweep(Optimizer):
         self.max_grad_norm = max_grad_norm
         self._reset()
         super().__init__(params, defaults)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("the parameter groups have no parameters")
 
     def _reset(self) -> None:
         """No state: it is made when first needed."""
@@ -65,8 +67,8 @@ class OneSweep(Optimizer):
         """Add a group with options of its own; its averages start at the parameters.
 
         Raises:
-            ValueError: options out of range, no parameters, some that are not float, or on another
-                device. The optimizer is unchanged.
+            ValueError: options out of range; parameters that are there already, not float, or on
+                another device. The optimizer is unchanged.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -145,8 +147,8 @@ class OneSweep(Optimizer):
         return before != (tables, tables.version)
 
     def _prepare(self, *, upload: bool) -> tuple[Layout, Tables, Backend]:
-        if self._layout is None:
-            self._build()
+        if self._layout is None or len(self.state) != len(self._layout.slots):
+            self._build()  # the first time, or some state was removed, to start anew
         assert self._tables is not None and self._layout is not None and self._backend is not None
         if not self._tables.refresh(upload=upload):
             self._build()  # a parameter has another dtype, shape or strides than before
@@ -274,11 +276,11 @@ class OneSweep(Optimizer):
             find = self._finder(self._average(i))
             context = swapped(module, find)
             context.__enter__()
-        self._swapped = True
+        outer, self._swapped = self._swapped, True
         try:
             yield module
         finally:
-            self._swapped = False
+            self._swapped = outer
             with torch.no_grad():
                 context.__exit__(None, None, None)
 

@@ -141,6 +141,8 @@ class Tables:
             if self._sent != [hyper, limit]:
                 send(self.hyper, hyper)
                 send(self.limit, [limit])
+                if max_grad_norm is None:
+                    self.norm.fill_(math.nan)
                 self._sent = [hyper, limit]
         for i, group in enumerate(groups):
             if _on_device(group["lr"]):
