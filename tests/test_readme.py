@@ -42,10 +42,17 @@ def test_the_optimizer_in_a_loop_of_ones_own() -> None:
     assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.01)
 
 
+def test_the_gradients_in_a_loop_of_ones_own() -> None:
+    scope: dict[str, Any] = {}
+    exec(BLOCKS[2], scope)
+    assert scope["key"].step == 4 and scope["optimizer"].counts.tolist() == [4, 0, 0]
+    assert torch.isfinite(scope["loss"])
+
+
 def test_the_objective_of_the_readme_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "readme_objective.py").write_text(BLOCKS[2])
+    (tmp_path / "readme_objective.py").write_text(BLOCKS[3])
     monkeypatch.syspath_prepend(tmp_path)
     objective = importlib.import_module("readme_objective").Denoising()
     torch.manual_seed(0)

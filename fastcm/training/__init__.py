@@ -1,5 +1,6 @@
 """The training step and the loop around it."""
 
+from fastcm.training.gradients import Gradients as Gradients
 from fastcm.training.lr import constant as constant
 from fastcm.training.lr import warmup_cosine as warmup_cosine
 from fastcm.training.trainer import NonFiniteError as NonFiniteError
