@@ -127,6 +127,23 @@ def chunked(D: int, width: int, warp_size: int = 32) -> LaunchConfig:
     return LaunchConfig(LOSS_BLOCK, warps(LOSS_BLOCK, warp_size), VECTOR=16 // width, STEPS=steps)
 
 
+def streamed(width: int, warp_size: int = 32) -> LaunchConfig:
+    """For the sweep: each of 256 threads takes one vector of every operand at a time.
+
+    Compiled for sm_90 this holds 48 registers with one average and 58 with three: four programs
+    or more per multiprocessor, each thread with five to nine vectors in flight. Two vectors at a
+    time take 79 and 106 registers for the same bytes in flight. Operands narrower than `width`
+    move 8 bytes per thread: 16 would take an exchange of all others.
+    """
+    vector = 16 // width
+    return LaunchConfig(256 * vector, 256 // warp_size, VECTOR=vector)
+
+
+def reduced(n: int, width: int, warp_size: int = 32) -> LaunchConfig:
+    """For n elements that one program adds up: all its loads are in flight at once."""
+    return LaunchConfig(n, warps(n, warp_size), VECTOR=16 // width)
+
+
 def chunks(D: int, config: LaunchConfig) -> int:
     """Programs per sample."""
     return ceil_div(D, config.BLOCK * config.STEPS)

@@ -49,6 +49,10 @@ def test_every_kernel_compiles_for_every_target(rows):
         "loss_kernel",
         "loss_partial_kernel",
         "loss_finish_kernel",
+        "grad_norm_kernel",
+        "grad_norm_finish_kernel",
+        "tick_kernel",
+        "sweep_kernel",
     }
     targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert compiled == {(kernel, target) for kernel in kernels for target in targets}
@@ -58,7 +62,7 @@ def test_nothing_spills_or_lives_in_local_memory(rows):
     assert offenders(rows, lambda row: row["spills"] > 0 or row["stack"] > 0) == []
 
 
-def test_aligned_floats_move_128_bits_at_a_time(rows):
+def test_aligned_floats_move_in_whole_vectors(rows):
     aligned = [row for row in rows if "odd" not in row["case"] and "misal" not in row["case"]]
     assert len(aligned) > 80
     assert offenders(aligned, lambda row: not row["full_width"]) == []
@@ -75,6 +79,27 @@ def test_equal_dtypes_need_no_shared_memory(rows):
     same = [row for row in rows if row["case"] in cases]
     assert same
     assert offenders(same, lambda row: row["shared"] > 0) == []
+
+
+def test_parameters_move_in_vectors_of_their_own(rows):
+    sweeps = [r for r in rows if r["kernel"] == "sweep_kernel" and "misal" not in r["case"]]
+    narrow = [row for row in sweeps if "16" in row["case"]]
+    assert 0 < len(narrow) < len(sweeps)
+    # 8 bytes of a 16-bit operand, so that one thread owns the same elements of all
+    assert offenders(sweeps, lambda row: row["shared"] > 0) == []
+    assert offenders(sweeps, lambda r: r["vector_bits"] != (64 if r in narrow else 128)) == []
+
+
+def test_the_sweep_moves_36_bytes_with_one_average_and_the_norm_4(rows):
+    moved = {(row["kernel"], row["case"]): row["bytes_per_element"] for row in rows}
+    assert moved["sweep_kernel", "p fp32, g fp32, 1 average"] == 36
+    assert moved["grad_norm_kernel", "norm of fp32"] == 4
+
+
+def test_the_norm_waits_for_memory_although_it_reads_only(rows):
+    norm = [r for r in rows if r["case"] == "norm of fp32" and r["target"] == "sm_90"]
+    assert norm
+    assert offenders(norm, lambda row: row["ridge"] != "memory") == []
 
 
 def test_a_normal_costs_at_most_40_instructions_on_sm_90(rows):
