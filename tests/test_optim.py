@@ -24,7 +24,7 @@ LIMIT = 0.5
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    net = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3))
+    net = nn.Sequential(nn.Linear(5, 32), nn.GELU(), nn.Linear(32, 3))
     return net.to(dtype)
 
 

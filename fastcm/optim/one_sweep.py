@@ -33,7 +33,7 @@ class OneSweep(Optimizer):
     """What `AdamW` and `RAdam` share: everything but the scalars of the step."""
 
     _radam = False
-    _never_loaded = IMPLEMENTATION
+    _never_loaded: tuple[str, ...] = IMPLEMENTATION
 
     def __init__(
         self,
@@ -127,9 +127,7 @@ class OneSweep(Optimizer):
         if not backend.shadows:
             layout.copy_shadows()
         tables.release()
-        self._live = [live for live in self._live if live.module is not None]
-        for live in self._live:
-            live.copy_buffers()
+        self._live = [live for live in self._live if live.copy_buffers()]
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -142,7 +140,7 @@ class OneSweep(Optimizer):
 
     def _prepare(self, *, upload: bool) -> tuple[Layout, Tables, Backend]:
         if self._layout is None or len(self.state) != len(self._layout.slots):
-            self._build()  # the first time, or some state was removed, to start anew
+            self._build()  # some state was removed, to start anew
         assert self._tables is not None and self._layout is not None and self._backend is not None
         if not self._tables.refresh(upload=upload):
             self._build()  # a parameter has another dtype, shape or strides than before
