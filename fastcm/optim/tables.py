@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcm.ema import EMA, Average
 from fastcm.kernels.tables import CHUNK, GRADIENT, PARAMETER, Segment
 from fastcm.optim import sharding
 from fastcm.optim.layout import Layout, Slot, is_dense, same_order
@@ -116,6 +117,12 @@ class Tables:
         if upload:
             self._upload()
         return True
+
+    def rates(self, averages: Sequence[Average], *, constant: bool = False) -> None:
+        """Set how far those averages move in this step whose decay is constant, or is not."""
+        for j, average in enumerate(averages):
+            if constant == (isinstance(average, EMA) and not average.warmup):
+                self.shared[2 + j] = 1.0 - average.decay(self.counts[0])
 
     def release(self) -> None:
         """Let go of the gradients: nobody else may hold them until the next step."""
