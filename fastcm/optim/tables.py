@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcm.ema import EMA, Average
 from fastcm.kernels.tables import CHUNK, GRADIENT, PARAMETER, Segment
 from fastcm.optim import sharding
-from fastcm.optim.layout import Layout, Slot, is_dense, same_order
+from fastcm.optim.layout import Layout, Slot, same_order
 from fastcm.optim.sharding import Mesh
 
 HYPER = 6
@@ -198,7 +198,6 @@ class Tables:
             g.dtype in self._direct
             and g.data_ptr() != 0  # a tensor of zeros may have no memory
             and not g.is_neg()
-            and is_dense(g)
             and same_order(slot.shape, g.stride(), slot.stride)
         )
 
