@@ -24,7 +24,7 @@ LIMIT = 0.5
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    net = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3))
+    net = nn.Sequential(nn.Linear(5, 128), nn.GELU(), nn.Linear(128, 3))
     return net.to(dtype)
 
 
@@ -83,6 +83,7 @@ def test_a_thousand_steps_are_torchs_in_float64(
     ours: Any, torchs: Any, dtype: torch.dtype, backend: str
 ) -> None:
     """With a schedule, groups, clipping, a lost step, and a passage through torch's optimizer."""
+    torch.manual_seed(0)  # a thousand roundings of float32 leave 6e-7 to 9e-7 at any seed
     net = network(dtype)
     oracle = Oracle(net, torchs)
     make = lambda: ours(groups(net), lr=1e-3, max_grad_norm=LIMIT, ema=AVERAGES)  # noqa: E731
@@ -153,22 +154,25 @@ def test_a_norm_that_is_not_finite_changes_no_bit(bad: float, limit: float, back
     assert not torch.equal(whole, before[0])
 
 
-def test_the_norm_has_the_same_bits_at_any_number_of_threads(backend: str) -> None:
-    parameters = [nn.Parameter(torch.zeros(n)) for n in (1, 63, 4097, 70_001)]
-    optimizer = AdamW(parameters, max_grad_norm=1.0)
-    for p in parameters:
-        p.grad = torch.randn_like(p) * 10
-    threads, norms = torch.get_num_threads(), set()
+def test_a_step_has_the_same_bits_at_any_number_of_threads(backend: str) -> None:
+    start = [torch.randn(n) for n in (1, 63, 4097, 70_001)]
+    gradients = [torch.randn_like(t) * 10 for t in start]
+    threads, found = torch.get_num_threads(), []
     try:
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 3):
             torch.set_num_threads(n)
-            for _ in range(3):
-                optimizer.step()
-                norms.add(optimizer.grad_norm.item())
+            parameters = [nn.Parameter(t.clone()) for t in start]
+            optimizer = AdamW(parameters, lr=0.1, max_grad_norm=1.0, ema=AVERAGES)
+            for p, g in zip(parameters, gradients):
+                p.grad = g
+            optimizer.step()
+            found.append([*everything(optimizer), optimizer.grad_norm])
     finally:
         torch.set_num_threads(threads)
-    exact = torch.cat([p.grad for p in parameters]).double().norm().item()
-    assert len(norms) == 1 and norms.pop() == pytest.approx(exact, rel=1e-6)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+    exact = torch.cat([g.flatten() for g in gradients]).double().norm().item()
+    assert found[0][-1].item() == pytest.approx(exact, rel=1e-6)
 
 
 def _misaligned(g: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fastcm.optim import sharding
@@ -43,7 +44,7 @@ def swapped(module: nn.Module, find: Find) -> Iterator[nn.Module]:
 def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
     """A copy of a module whose parameters are tensors of the optimizer, and its keeper.
 
-    Where their dtype is another, the rest of the module is cast to it.
+    Where their dtype is another, buffers and frozen parameters are cast to it.
 
     Args:
         module: the network that is trained.
@@ -56,20 +57,20 @@ def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
     # deepcopy takes what memo holds: the parameters are never copied
     memo: dict[int, object] = {}
     pairs: list[tuple[weakref.ref[Tensor], Tensor]] = []
+    dtype: torch.dtype | None = None
     for parameter in module.parameters():
         average = find(parameter)
         if average is not None:
             live = nn.Parameter(average, requires_grad=False)
             memo[id(parameter)] = live
             pairs.append((weakref.ref(parameter), live))
+            if average.dtype != parameter.dtype:
+                dtype = average.dtype
     if not pairs:
         raise ValueError(f"{type(module).__name__} has none of the optimizer's parameters")
     network = copy.deepcopy(module, memo).requires_grad_(False).eval()
-    for reference, live in pairs:
-        parameter = reference()
-        if parameter is not None and parameter.dtype != live.dtype:
-            network.to(live.dtype)  # buffers and frozen parameters too, so that it can be called
-            break
+    if dtype is not None:
+        network.to(dtype)
     return network, Live(module, network, pairs, find)
 
 
@@ -92,11 +93,6 @@ class Live:
             for name in ours._buffers
         ]
 
-    @property
-    def module(self) -> nn.Module | None:
-        """The copy; None when nobody holds it any more."""
-        return self._module()
-
     def attach(self) -> None:
         """Point at the tensors of the optimizer again, after they moved."""
         for reference, live in self._pairs:
@@ -105,8 +101,12 @@ class Live:
             if average is not None:
                 live.data = average
 
-    def copy_buffers(self) -> None:
+    def copy_buffers(self) -> bool:
+        """False if nobody holds the network any more."""
+        if self._module() is None:
+            return False
         for ours, theirs, name in self._buffers:
             source, target = ours[name], theirs[name]
             if source is not None and target is not None:
                 target.copy_(source)
+        return True

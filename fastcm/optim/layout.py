@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,11 +129,22 @@ class Layout:
         self.shadows = [flat(dtype=shadow_dtype or self.dtype) for _ in range(copies)]
         self.shadow_sources = [-1, *shadow_averages][:copies]
         self.steps = torch.zeros(len(self.slots), device=self.device)
+        self._parameters = [slot.parameter for slot in self.slots]
+        self._sizes = Counter(slot.group for slot in self.slots)
         self._by_id = {id(slot.parameter): slot for slot in self.slots}
 
     def find(self, parameter: Tensor) -> Slot | None:
         """The slot of a parameter, if it has one."""
         return self._by_id.get(id(parameter))
+
+    def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these are still the groups that it was made for: they may be edited."""
+        parameters = [p for group in groups for p in group["params"]]
+        return (
+            len(parameters) == len(self.slots)
+            and all(map(operator.is_, parameters, self._parameters))
+            and all(len(group["params"]) == self._sizes[i] for i, group in enumerate(groups))
+        )
 
     def follow(self, slot: Slot) -> Tensor:
         """The master copy of a parameter; what was written to the parameter from outside wins."""

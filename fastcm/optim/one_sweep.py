@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm.ema import EMA, Average
+from fastcm.ema import Average
 from fastcm.optim import sharding
 from fastcm.optim.averages import Live, alive, swapped
 from fastcm.optim.backends import Backend, choose
@@ -112,9 +112,7 @@ class OneSweep(Optimizer):
             layout.follow(slot)
         for buffer, gradient in tables.copied:
             buffer.copy_(gradient)
-        for j, average in enumerate(self.averages):
-            if not _is_constant(average):
-                tables.shared[2 + j] = 1.0 - average.decay(tables.counts[0])
+        tables.rates(self.averages)
         measured = self.max_grad_norm is not None
         if measured:
             backend.grad_norm(tables)
@@ -127,9 +125,7 @@ class OneSweep(Optimizer):
         if not backend.shadows:
             layout.copy_shadows()
         tables.release()
-        self._live = [live for live in self._live if live.module is not None]
-        for live in self._live:
-            live.copy_buffers()
+        self._live = [live for live in self._live if live.copy_buffers()]
 
     @torch.no_grad()
     def prepare(self) -> bool:
@@ -147,8 +143,12 @@ class OneSweep(Optimizer):
         return before != (tables, tables.version)
 
     def _prepare(self, *, upload: bool) -> tuple[Layout, Tables, Backend]:
-        if self._layout is None or len(self.state) != len(self._layout.slots):
-            self._build()  # the first time, or some state was removed, to start anew
+        layout = self._layout
+        if layout is None or not layout.holds(self.param_groups):
+            check_parameters(self.param_groups)
+            self._build()
+        elif len(self.state) != len(layout.slots):
+            self._build()  # some state was removed, to start anew
         assert self._tables is not None and self._layout is not None and self._backend is not None
         if not self._tables.refresh(upload=upload):
             self._build()  # a parameter has another dtype, shape or strides than before
@@ -167,9 +167,7 @@ class OneSweep(Optimizer):
         self._backend = choose(layout.device, layout.dtype)
         direct = self._backend.direct(layout)
         self._tables = Tables(layout, len(self.param_groups), direct, self._counts)
-        for j, average in enumerate(self.averages):
-            if _is_constant(average):
-                self._tables.shared[2 + j] = 1.0 - average.decay(self._counts[0])
+        self._tables.rates(self.averages, constant=True)
         self._layout = layout
         self._attach()
 
@@ -230,6 +228,8 @@ class OneSweep(Optimizer):
             self._counts = None
             if not taken["state"]:  # of a fresh optimizer: still made at the first step
                 return
+            self._build()
+        elif not self._layout.holds(self.param_groups):
             self._build()
         assert self._layout is not None and self._counts is not None
         fill(self._layout, self._counts, taken)
@@ -351,7 +351,3 @@ class OneSweep(Optimizer):
             self._build()
         assert self._counts is not None
         return self._counts
-
-
-def _is_constant(average: Average) -> bool:
-    return isinstance(average, EMA) and not average.warmup

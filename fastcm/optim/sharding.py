@@ -43,9 +43,10 @@ def gradient(parameter: Tensor) -> Tensor | None:
 def reshard(module: nn.Module) -> None:
     """Let the modules of FSDP2 forget gathered parameters, which the next forward gathers anew."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for part in module.modules() if fsdp is not None else ():
-        if isinstance(part, fsdp.FSDPModule):
-            part.reshard()
+    if fsdp is not None:
+        for part in module.modules():
+            if isinstance(part, fsdp.FSDPModule):
+                part.reshard()
 
 
 def like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcm.ema import EMA, Average
 from fastcm.kernels.tables import CHUNK, GRADIENT, PARAMETER, Segment
 from fastcm.optim import sharding
-from fastcm.optim.layout import Layout, Slot, is_dense, same_order
+from fastcm.optim.layout import Layout, Slot, same_order
 from fastcm.optim.sharding import Mesh
 
 HYPER = 6
@@ -120,6 +121,12 @@ class Tables:
             self._upload()
         return True
 
+    def rates(self, averages: Sequence[Average], *, constant: bool = False) -> None:
+        """Set how far those averages move in this step whose decay is constant, or is not."""
+        for j, average in enumerate(averages):
+            if constant == (isinstance(average, EMA) and not average.warmup):
+                self.shared[2 + j] = 1.0 - average.decay(self.counts[0])
+
     def release(self) -> None:
         """Let go of the gradients: nobody else may hold them until the next step."""
         self.gradients = [None] * len(self.gradients)
@@ -196,7 +203,6 @@ class Tables:
             g.dtype in self._direct
             and g.data_ptr() != 0  # a tensor of zeros may have no memory
             and not g.is_neg()
-            and is_dense(g)
             and same_order(slot.shape, g.stride(), slot.stride)
         )
 
