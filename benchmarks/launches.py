@@ -223,10 +223,11 @@ def sweep_case(
     written = () if shadow is None else (shadow.itemsize,) * shadows
     recorder = Recorder(adam_ema.sweep_kernel, (gradient.itemsize, *state, *state, *written))
     adam_ema.launch_sweep(
-        *tables_of(parameter, gradient, aligned), meta(2 + averages + master, 6400, dtype=acc),
-        meta(100, 8, dtype=acc), meta(2 + averages, dtype=acc),
-        None if shadow is None else meta(shadows, 6400, dtype=shadow),
-        averages=averages, mask=mask, master=master, kernel=recorder,
+        *tables_of(parameter, gradient, aligned), meta(2, 6400, dtype=acc),
+        meta(averages, dtype=I64), meta(100, 8, dtype=acc), meta(2 + averages, dtype=acc),
+        masters=meta(6400, dtype=acc) if master else None,
+        shadows=None if shadow is None else meta(shadows, dtype=I64), shadow_dtype=shadow,
+        mask=mask, kernel=recorder,
     )  # fmt: skip
     return recorder.launches
 

@@ -132,53 +132,54 @@ def direction(m, v, a, b):
 
 @triton.jit
 def sweep_block(
-    parameter_ptr, gradient_ptr, state_ptr, shadow_ptr, total, has_gradient,
+    parameter_ptr, gradient_ptr, moments_ptr, masters_ptr, averages, shadows, total, has_gradient,
     w1, w2, decay, size, a, b, l2, clip, rates, cols, left,
-    MASK: tl.constexpr, AVERAGES: tl.constexpr, MASTER: tl.constexpr, SHADOW: tl.constexpr,
+    MASK: tl.constexpr, AVERAGES: tl.constexpr, MASTER: tl.constexpr, SHADOWED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
     """The whole update of the elements `cols` of a chunk."""
-    ACC: tl.constexpr = state_ptr.dtype.element_ty
+    ACC: tl.constexpr = moments_ptr.dtype.element_ty
     # all loads first: each store is a barrier for the loads behind it
     x = load_part(parameter_ptr, cols, left, ACC, FULL)
-    averages = ()
+    old = ()
     for j in tl.static_range(AVERAGES):
-        averages += (load_part(state_ptr + (2 + j) * total, cols, left, ACC, FULL),)
+        old += (load_part(averages[j], cols, left, ACC, FULL),)
     if MASTER:
-        master = load_part(state_ptr + (2 + AVERAGES) * total, cols, left, ACC, FULL)
+        master = load_part(masters_ptr, cols, left, ACC, FULL)
         # a parameter that is not its rounded master was written from outside, and wins
         same = master.to(parameter_ptr.dtype.element_ty).to(ACC) == x
         x = tl.where(same, master, x)
     if has_gradient:
         g = load_part(gradient_ptr, cols, left, ACC, FULL)
-        m = load_part(state_ptr, cols, left, ACC, FULL)
-        v = load_part(state_ptr + total, cols, left, ACC, FULL)
+        m = load_part(moments_ptr, cols, left, ACC, FULL)
+        v = load_part(moments_ptr + total, cols, left, ACC, FULL)
         d = tl.fma(l2, x, g * clip)
         m = tl.fma(w1, d - m, m)
         v = tl.fma(w2, tl.fma(d, d, -v), v)
         x = tl.fma(-decay, x, x)
         x = tl.fma(-size, direction(m, v, a, b), x)
-        store_part(state_ptr, cols, left, m, FULL)
-        store_part(state_ptr + total, cols, left, v, FULL)
+        store_part(moments_ptr, cols, left, m, FULL)
+        store_part(moments_ptr + total, cols, left, v, FULL)
         store_part(parameter_ptr, cols, left, x, FULL)
     if MASTER:
-        store_part(state_ptr + (2 + AVERAGES) * total, cols, left, x, FULL)
-    if SHADOW:
-        store_part(shadow_ptr, cols, left, x, FULL)
+        store_part(masters_ptr, cols, left, x, FULL)
+    if SHADOWED:
+        store_part(shadows[0], cols, left, x, FULL)
     for j in tl.static_range(AVERAGES):
-        e = tl.fma(rates[j], x - averages[j], averages[j])
-        store_part(state_ptr + (2 + j) * total, cols, left, e, FULL)
+        e = tl.fma(rates[j], x - old[j], old[j])
+        store_part(averages[j], cols, left, e, FULL)
         if (MASK >> j) & 1:
-            shadow_ptr += total
-            store_part(shadow_ptr, cols, left, e, FULL)
+            store_part(shadows[1 + j], cols, left, e, FULL)
 
 
 @triton.jit(do_not_specialize=["first", "n", "C"])
 def sweep_kernel(
-    tensors_ptr, chunks_ptr, state_ptr, rows_ptr, shared_ptr, shadow_ptr, first, n, C, total,
+    tensors_ptr, chunks_ptr, moments_ptr, masters_ptr, averages_ptr, shadows_ptr,
+    rows_ptr, shared_ptr, first, n, C, total,
     PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
-    AVERAGES: tl.constexpr, MASK: tl.constexpr, MASTER: tl.constexpr, SHADOW: tl.constexpr,
-    SEGMENT_ALIGN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    AVERAGES: tl.constexpr, MASK: tl.constexpr, MASTER: tl.constexpr, SHADOWED: tl.constexpr,
+    SHADOW: tl.constexpr, SEGMENT_ALIGN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One chunk per program, BLOCK elements at a time."""
     if tl.load(shared_ptr + 1) == 0.0:
@@ -190,8 +191,21 @@ def sweep_kernel(
     address_p = tl.load(tensors_ptr + _PARAMETER * n + tensor)
     parameter_ptr = elements(address_p, start, PARAMETER, ALIGNED)
     offset = tl.multiple_of(tl.load(tensors_ptr + _OFFSET * n + tensor), SEGMENT_ALIGN) + start
-    state_ptr += offset
-    shadow_ptr += offset
+    moments_ptr += offset
+    masters_ptr += offset
+    ACC: tl.constexpr = moments_ptr.dtype.element_ty
+    # shadows[1 + j] is that of average j, if it has one
+    averages = ()
+    shadows = ()
+    if SHADOWED:
+        shadows += (elements(tl.load(shadows_ptr), offset, SHADOW, True),)
+        shadows_ptr += 1
+    for j in tl.static_range(AVERAGES):
+        averages += (elements(tl.load(averages_ptr + j), offset, ACC, True),)
+        if SHADOWED:
+            shadows += (elements(tl.load(shadows_ptr), offset, SHADOW, True),)
+            if (MASK >> j) & 1:
+                shadows_ptr += 1
     total = total.to(tl.int64)
 
     rows_ptr += 8 * tensor
@@ -211,18 +225,20 @@ def sweep_kernel(
     if left >= CHUNK:
         for begin in range(0, CHUNK, BLOCK):
             sweep_block(
-                parameter_ptr, gradient_ptr, state_ptr, shadow_ptr, total, address != 0,
+                parameter_ptr, gradient_ptr, moments_ptr, masters_ptr, averages, shadows, total,
+                address != 0,
                 w1, w2, decay, size, a, b, l2, clip, rates, begin + cols, CHUNK,
-                MASK, AVERAGES, MASTER, SHADOW, True,
+                MASK, AVERAGES, MASTER, SHADOWED, True,
             )  # fmt: skip
     else:
         end = left.to(tl.int32)
         begin = 0
         while begin < end:
             sweep_block(
-                parameter_ptr, gradient_ptr, state_ptr, shadow_ptr, total, address != 0,
+                parameter_ptr, gradient_ptr, moments_ptr, masters_ptr, averages, shadows, total,
+                address != 0,
                 w1, w2, decay, size, a, b, l2, clip, rates, begin + cols, end,
-                MASK, AVERAGES, MASTER, SHADOW, False,
+                MASK, AVERAGES, MASTER, SHADOWED, False,
             )  # fmt: skip
             begin += BLOCK
 
@@ -285,48 +301,52 @@ def launch_sweep(
     tensors: Tensor,
     chunks: Tensor,
     segment: Segment,
-    state: Tensor,
+    moments: Tensor,
+    averages: Tensor,
     rows: Tensor,
     shared: Tensor,
-    shadow: Tensor | None = None,
     *,
-    averages: int,
+    masters: Tensor | None = None,
+    shadows: Tensor | None = None,
+    shadow_dtype: torch.dtype | None = None,
     mask: int = 0,
-    master: bool,
     config: LaunchConfig | None = None,
     kernel: Kernel = sweep_kernel,
 ) -> None:
     """The whole update of the chunks of one segment, in place.
 
     Args:
-        tensors, chunks, state: see `tables`.
+        tensors, chunks, moments, averages: see `tables`.
         rows, shared: of `launch_tick`; the rates of the averages stand in `shared` already.
-        shadow: bfloat16 or float16 ``[1 + bits of mask, total]``: parameters, averages of `mask`.
-        averages: k.
-        mask: bit j: the shadow has average j.
-        master: the last row of the state holds the masters of this segment's parameters.
+        masters: the dtype of `moments` ``[total]``, where parameters have less precision.
+        shadows: int64 ``[1 + bits of mask]``: addresses of the copies of the parameters and of
+            the averages of `mask`, of `shadow_dtype`; in order.
+        shadow_dtype: bfloat16 or float16; None: there are none.
+        mask: bit j: average j has a shadow.
     """
     check_tables(tensors, chunks, segment)
-    total = state.shape[1]
-    assert state.dtype == rows.dtype == shared.dtype and state.is_contiguous(), state.dtype
+    total, count = moments.shape[1], averages.numel()
+    assert moments.dtype == rows.dtype == shared.dtype and moments.is_contiguous(), moments.dtype
     assert total % tables.SEGMENT_ALIGN == 0, f"rows of {total} elements"
-    assert state.shape[0] >= 2 + averages + master, f"{state.shape[0]} rows of state"
-    assert shared.shape == (2 + averages,) and 0 <= mask < 2**averages, mask
-    assert mask == 0 or shadow is not None
-    if shadow is not None:
-        assert shadow.shape == (1 + mask.bit_count(), total), shadow.shape
-        assert shadow.is_contiguous()
+    assert averages.dtype == torch.int64 and shared.shape == (2 + count,)
+    assert masters is None or (masters.shape == (total,) and masters.dtype == moments.dtype)
+    assert 0 <= mask < 2**count and (mask == 0 or shadow_dtype is not None), mask
+    if shadow_dtype is not None:
+        assert shadows is not None and shadows.dtype == torch.int64
+        assert shadows.shape == (1 + mask.bit_count(),), shadows.shape
     if segment.count == 0:
         return
-    config = config or launch.streamed(state.element_size(), launch.target(state).warp_size)
+    config = config or launch.streamed(moments.element_size(), launch.target(moments).warp_size)
     assert CHUNK % config.BLOCK == 0, f"blocks of {config.BLOCK} in chunks of {CHUNK}"
     kernel[(segment.count,)](
         tensors,
         chunks,
-        state,
+        moments,
+        moments if masters is None else masters,
+        averages,
+        averages if shadows is None else shadows,
         rows,
         shared,
-        state if shadow is None else shadow,
         segment.first,
         tensors.shape[1],
         chunks.shape[1],
@@ -334,10 +354,11 @@ def launch_sweep(
         PARAMETER=ELEMENTS[segment.parameter],
         GRADIENT=ELEMENTS[segment.gradient],
         ALIGNED=segment.aligned,
-        AVERAGES=averages,
+        AVERAGES=count,
         MASK=mask,
-        MASTER=master,
-        SHADOW=shadow is not None,
+        MASTER=masters is not None,
+        SHADOWED=shadow_dtype is not None,
+        SHADOW=ELEMENTS[shadow_dtype or moments.dtype],
         SEGMENT_ALIGN=tables.SEGMENT_ALIGN,
         CHUNK=CHUNK,
         BLOCK=config.BLOCK,

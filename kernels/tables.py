@@ -12,10 +12,11 @@ Parameter and gradient are dense in memory, in the same order.
 of the chunk in it. A chunk is CHUNK elements, the last of a tensor is what is left. Tensors without
 elements have none. The order is free, but tensors of one `Segment` are neighbours.
 
-`state`, float32 (float64 for float64 parameters) ``[2 + k (+ 1), total]``, holds exp_avg,
-exp_avg_sq, the k averages and, if a parameter is bfloat16 or float16, float32 masters. `total` is a
-multiple of SEGMENT_ALIGN and the first address one of 256, so each tensor begins at 16 bytes in
-each row. A `shadow`, bfloat16 or float16, lies alike: parameters, then the averages chosen.
+`moments`, float32 (float64 for float64 parameters) ``[2, total]``, holds exp_avg and exp_avg_sq.
+Each average is such a flat tensor ``[total]`` of its own, and so are the masters of parameters of
+less precision and, in bfloat16 or float16, the shadows of parameters and averages. `total` is a
+multiple of SEGMENT_ALIGN and every first address one of 256, so each tensor begins at 16 bytes in
+all of them. `averages` and `shadows`, int64, are tables of their addresses.
 """
 
 from __future__ import annotations

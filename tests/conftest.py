@@ -51,6 +51,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "native": lambda device, dtype: backends.Native(native.load(dtype)),
     "plain": lambda device, dtype: backends.Plain(),
+    "triton": lambda device, dtype: backends.Triton(),
 }
 
 

@@ -152,10 +152,15 @@ class Problem:
             sums if norm else None, self.steps, rows, shared, self.norm, self.counts,
             radam=self.radam,
         )  # fmt: skip
+        averages, shadows = (
+            torch.tensor([row.data_ptr() for row in rows_], dtype=torch.int64, device=rows.device)
+            for rows_ in (self.state[2 : 2 + self.k], [] if self.shadow is None else self.shadow)
+        )
         for segment in self.segments:
             launch_sweep(
-                self.tensors, self.chunks, segment, self.state, rows, shared, self.shadow,
-                averages=self.k, mask=self.mask, master=segment.parameter in (BF16, FP16),
+                self.tensors, self.chunks, segment, self.state[:2], averages, rows, shared,
+                masters=self.state[-1] if segment.parameter in (BF16, FP16) else None,
+                shadows=shadows, shadow_dtype=getattr(self.shadow, "dtype", None), mask=self.mask,
             )  # fmt: skip
 
     def check(self, limit: float = math.inf, norm: bool = True) -> None:

@@ -83,10 +83,10 @@ class Triton:
                 tables.averages,
                 tables.rows,
                 tables.shared,
-                tables.shadows,
                 masters=layout.masters if segment.parameter != layout.dtype else None,
+                shadows=tables.shadows,
                 shadow_dtype=layout.shadows[0].dtype if layout.shadows else None,
-                shadow_sources=layout.shadow_sources,
+                mask=sum(1 << j for j in layout.shadow_sources if j >= 0),
             )
 
 

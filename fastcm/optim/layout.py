@@ -125,9 +125,10 @@ class Layout:
         self.averages = [flat() for _ in range(averages)]
         own = all(s.dense and s.dtype == self.dtype for s in self.slots)
         self.masters = None if own else flat()
-        copies = 0 if shadow_dtype is None else 1 + len(shadow_averages)
+        chosen = sorted(set(shadow_averages))
+        copies = 0 if shadow_dtype is None else 1 + len(chosen)
         self.shadows = [flat(dtype=shadow_dtype or self.dtype) for _ in range(copies)]
-        self.shadow_sources = [-1, *shadow_averages][:copies]
+        self.shadow_sources = [-1, *chosen][:copies]
         self.steps = torch.zeros(len(self.slots), device=self.device)
         self._parameters = [slot.parameter for slot in self.slots]
         self._sizes = Counter(slot.group for slot in self.slots)
