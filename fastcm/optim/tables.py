@@ -96,13 +96,14 @@ class Tables:
             gradients = [sharding.gradient(p) for p in shards]
             shards = [sharding.local(p) for p in shards]
         for p, g in zip(shards, gradients):
+            # a gradient has the shape that its parameter had when it was set
             if g is None:
                 seen.append((p.data_ptr(), p.stride(), p.shape, p.dtype))
-            elif g.layout != torch.strided:
+                continue
+            if g.layout != torch.strided:
                 raise ValueError(f"the optimizer takes dense gradients, got one that is {g.layout}")
-            else:
-                form = (p.data_ptr(), p.stride(), p.shape, p.dtype)
-                seen.append((*form, g.data_ptr(), g.stride(), g.shape, g.dtype))
+            found = g.data_ptr(), g.stride(), g.dtype
+            seen.append((p.data_ptr(), p.stride(), p.shape, p.dtype, found))
         self.gradients = gradients
         if seen == self._seen and not self.copied:
             if upload:
