@@ -45,7 +45,7 @@ class StopSignals:
         self._restore()
 
     def _restore(self) -> None:
-        while self._before:
-            number, before = self._before.popitem()
-            if signal.getsignal(number) == self._note:  # nobody set another meanwhile
+        for number in SIGNALS:  # pop: the handler may run in between
+            before = self._before.pop(number, None)
+            if before is not None and signal.getsignal(number) == self._note:
                 signal.signal(number, before)

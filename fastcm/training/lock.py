@@ -117,8 +117,13 @@ def _closed_in_children(lock: RunLock) -> None:
     global _registered
     _held.add(lock)
     if not _registered:
-        os.register_at_fork(after_in_child=lambda: [held._forget() for held in list(_held)])
+        os.register_at_fork(after_in_child=_forget_all)
         _registered = True
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock._forget()
 
 
 def _myself() -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm import checkpoint
-from fastcm.data import DeviceData, as_source
+from fastcm.data import as_source
 from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.rng import NoiseKey
-from fastcm.training.checkpoint import read, write
+from fastcm.training.checkpoint import read
+from fastcm.training.checks import check_classes, check_teacher
+from fastcm.training.interrupt import StopSignals
 from fastcm.training.logging import MetricsFile, Progress, Rate
+from fastcm.training.saving import Saving
 from fastcm.training.step import Compile, Precision, Step
 from fastcm.training.update import update
 
@@ -83,13 +87,21 @@ class Trainer:
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
         keep: how many checkpoints to keep.
+        keep_every: one of every so many steps is saved, too, and kept for ever; 0: none.
         log_every: steps between metrics.
         progress: show a bar where there is a terminal.
-        callbacks: called as callback(trainer, event), event "step", "log" or "save".
+        tensorboard: write the metrics to directory/tensorboard, too.
+        callbacks: called as callback(trainer, event), event "step", "log" or "save": then
+            `trainer.saved` is a checkpoint that has become complete on the disk.
         log: receives lines of text; default standard error.
+
+    Attributes:
+        interrupted: the signal that ended the last `fit` early, or None.
+        saved: the newest checkpoint that this trainer wrote, or None.
 
     Raises:
         ValueError, TypeError: an argument out of range, data that is empty or of the wrong form.
+        ImportError: tensorboard=True without that package.
     """
 
     def __init__(
@@ -110,7 +122,9 @@ class Trainer:
         directory: str | Path | None = None,
         save_every: int = 0,
         keep: int = 3,
+        keep_every: int = 0,
         log_every: int = 50,
+        tensorboard: bool = False,
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
         log: Callable[[str], None] | None = None,
@@ -119,6 +133,7 @@ class Trainer:
             ("batch_size", batch_size, 1),
             ("save_every", save_every, 0),
             ("keep", keep, 1),
+            ("keep_every", keep_every, 0),
             ("log_every", log_every, 1),
         ):
             if value < least:
@@ -134,18 +149,18 @@ class Trainer:
         teacher = getattr(objective, "teacher", None)
         if isinstance(teacher, nn.Module):
             teacher.to(self.device)
-            if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
-                raise ValueError(
-                    "the teacher shares parameters with net, and would be trained along: "
-                    "give it a copy, copy.deepcopy(net)"
-                )
+            check_teacher(teacher, net)
         self.batch_size = batch_size
         self.seed = seed
         self.source = as_source(data, seed=seed, device=self.device)
-        _check_classes(net, self.source, objective)
+        check_classes(net, self.source, objective)
         self.key = NoiseKey(seed, device=self.device)
         self.directory = None if directory is None else Path(directory)
         self.save_every, self.keep, self.log_every = save_every, keep, log_every
+        self.keep_every = keep_every
+        self.interrupted: signal.Signals | None = None
+        self.saved: Path | None = None
+        self._saving = Saving(self)
         self.callbacks = tuple(callbacks)
         self.step = 0
         self.metrics: dict[str, Any] = {}
@@ -174,7 +189,7 @@ class Trainer:
         self.stepper = Step(
             self.net, objective, target_net, precision=precision, compile=compile, log=self.log
         )
-        self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
+        self._metrics_file = MetricsFile(self.directory, tensorboard=tensorboard)
         self._config: dict[str, Any] | None = None
         null = getattr(objective, "null_condition", None)
         self.metadata: dict[str, Any] = {
@@ -198,36 +213,47 @@ class Trainer:
     def fit(self, steps: int) -> Trainer:
         """Train `steps` more steps; saves at the end if there is a run directory.
 
+        Checkpoints are written beside the training; all are complete when this returns. After
+        SIGTERM or SIGINT it finishes the step, saves and returns early, with the signal in
+        `interrupted`; a second one acts at once, as does the first where the program has a handler
+        of its own. See `StopSignals`.
+
         Raises:
             FileExistsError: the directory holds another run; `load` continues it.
+            BlockingIOError: another process trains in the directory.
+            OSError: a checkpoint could not be written; earlier ones are untouched.
             NonFiniteError: the gradient was not finite for 20 steps in a row. Those steps changed
                 nothing; the weights and the last checkpoint are as before.
         """
         if steps < 0:
             raise ValueError(f"steps must be >= 0, got {steps}")
-        if self.directory and self.step == 0 and checkpoint.list_checkpoints(self.directory):
-            raise FileExistsError(
-                f"{self.directory} holds a run already: continue it with load(), or choose "
-                "another directory"
-            )
+        self.interrupted = None
+        if steps == 0:
+            return self
         self.net.train()
         end, rate = self.step + steps, Rate()
         rate.read(self.step)
         title = type(self.objective).__name__
-        with Progress(title, steps, show=self._show and self._log_line is None) as self._progress:
-            while self.step < end:
+        with (
+            Progress(title, steps, show=self._show and self._log_line is None) as self._progress,
+            StopSignals() as signals,
+            self._saving.during_fit(self._metrics_file),
+        ):
+            while self.step < end and self.interrupted is None:
                 loss = self._train_step(end - self.step)
+                self.interrupted = signals.received  # read once a step: all below agree
+                last = self.step == end or self.interrupted is not None
                 self._progress.advance()
                 self._emit("step")
-                if self.step % self.log_every == 0 or self.step == end:
+                if self.step % self.log_every == 0 or last:
                     self._report(loss, rate)
-                save = self.directory and (
-                    self.step == end or (self.save_every and self.step % self.save_every == 0)
-                )
-                if save or self.step % NON_FINITE_LIMIT == 0 or self.step == end:
+                save = self._saving.is_due(self.step) or (last and self.directory is not None)
+                if save or self.step % NON_FINITE_LIMIT == 0 or last:
                     save = self._is_finite(steps) and save
                 if save:
-                    self.save()
+                    self._saving.begin()
+                self._saving.tell()
+        self.interrupted = signals.received  # perhaps while the last checkpoint was written
         self._progress = None
         return self
 
@@ -306,44 +332,38 @@ class Trainer:
         }
 
     def save(self, directory: str | Path | None = None) -> Path:
-        """Write a checkpoint to `directory`, default the run's; see `fastcm.checkpoint`.
+        """Write a checkpoint to `directory`, default the run's, and wait until it is complete.
 
         Raises:
             ValueError: no directory.
+            BlockingIOError: another process trains in it.
             OSError: it could not be written; earlier checkpoints are untouched.
         """
-        run = Path(directory) if directory is not None else self.directory
-        if run is None:
-            raise ValueError("save needs a directory: Trainer(directory=...) or save(directory)")
-        path = write(self, run)
-        self._emit("save")
-        return path
+        return self._saving.now(self._run("save", directory))
 
     def load(self, directory: str | Path | None = None) -> Trainer:
         """Continue from the newest intact checkpoint of a run; a damaged one is passed over.
+
+        Nothing is written to the directory; a checkpoint that is being written is waited for.
 
         Raises:
             FileNotFoundError: no checkpoint there.
             CheckpointError: all are damaged, or of another network or optimizer.
             ValueError: the run had another configuration; the message lists the differences.
         """
-        run = Path(directory) if directory is not None else self.directory
-        if run is None:
-            raise ValueError("load needs a directory: Trainer(directory=...) or load(directory)")
+        run = self._run("load", directory)
+        self._saving.settle()
         read(self, run)
-        self._metrics_file.drop_after(self.step)
+        self._saving.resumed = True
         return self
 
-
-def _check_classes(net: nn.Module, source: object, objective: Objective) -> None:
-    """A label of num_classes would be the null label, one beyond it an index out of range."""
-    classes = getattr(net, "description", {}).get("num_classes")
-    data = source.dataset.num_classes if isinstance(source, DeviceData) else None
-    null = getattr(objective, "null_condition", None)
-    if classes is not None and data is not None and data > classes:
-        raise ValueError(f"the data has {data} classes, the network num_classes={classes}")
-    if classes is not None and isinstance(null, int) and not 0 <= null <= classes:
-        raise ValueError(f"null_condition must be in [0, {classes}], got {null}")
+    def _run(self, verb: str, directory: str | Path | None) -> Path:
+        run = self.directory if directory is None else Path(directory)
+        if run is None:
+            raise ValueError(
+                f"{verb} needs a directory: Trainer(directory=...) or {verb}(directory)"
+            )
+        return run
 
 
 def _number(value: float | None) -> float | None:
