@@ -56,36 +56,48 @@ class DeviceData:
     def __init__(self, dataset: Dataset, seed: int, device: torch.device | str) -> None:
         self.dataset = dataset.to(device)
         self._key = rng.NoiseKey(seed, device=device)
-        self._permutations: dict[int, Tensor] = {}
+        self._epochs: list[int | None] = []
+        self._order = torch.empty(0, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of the rows in an epoch: int64 ``[N]``."""
-        if epoch not in self._permutations:
-            self._key.step.fill_(epoch)  # no host synchronisation, unlike a new key
-            words = rng.words(len(self), self._key, stream=rng.DATA)
-            order = torch.argsort((words[:, 0] << 31) ^ words[:, 1], stable=True)
-            self._permutations[epoch] = order
-            if len(self._permutations) > 2:
-                del self._permutations[next(iter(self._permutations))]
-        return self._permutations[epoch]
+        self._key.step.fill_(epoch)  # no host synchronisation, unlike a new key
+        words = rng.words(len(self), self._key, stream=rng.DATA)
+        return torch.argsort((words[:, 0] << 31) ^ words[:, 1], stable=True)
 
-    def batch(self, position: int, count: int) -> Batch:
-        """The rows at positions ``position .. position + count - 1``, across epochs."""
+    def prepare(self, position: int, count: int) -> None:
+        """Have the permutations at hand that `gather` needs at this position; on the device."""
         if position < 0 or count < 1:
             raise ValueError(f"batch needs position >= 0 and count >= 1, got {position}, {count}")
-        pieces = []
-        while count:
-            epoch, offset = divmod(position, len(self))
-            taken = min(count, len(self) - offset)
-            pieces.append(self.permutation(epoch)[offset : offset + taken])
-            position, count = position + taken, count - taken
-        index = torch.cat(pieces)
+        n = len(self)
+        rows = max(2, -(-count // n) + 1)  # so many epochs a batch can touch
+        if rows > len(self._epochs):
+            self._epochs = [None] * rows
+            self._order = torch.empty(rows * n, dtype=torch.int64, device=self._order.device)
+        for epoch in range(position // n, (position + count - 1) // n + 1):
+            row = epoch % len(self._epochs)
+            if self._epochs[row] != epoch:
+                self._order[row * n : (row + 1) * n] = self.permutation(epoch)
+                self._epochs[row] = epoch
+
+    def gather(self, position: Tensor, count: int) -> Batch:
+        """The rows from `position` on, an int64 device tensor; `prepare` comes first.
+
+        Nothing but device operations of fixed shape, so a CUDA graph can hold it.
+        """
+        ahead = torch.arange(count, device=position.device)
+        index = self._order[(position + ahead) % len(self._order)]
         labels = self.dataset.labels
         x = self.dataset.x.index_select(0, index)
         return x, None if labels is None else labels.index_select(0, index)
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The rows at positions ``position .. position + count - 1``, across epochs."""
+        self.prepare(position, count)
+        return self.gather(torch.full((), position, device=self._order.device), count)
 
     def draw(self, step: int, batch_size: int) -> Batch:
         return self.batch(step * batch_size, batch_size)

@@ -1,7 +1,9 @@
 """Tables of the one-sweep optimizer: placeholder."""
 
 from __future__ import annotations
+
 from dataclasses import dataclass
+
 import torch
 
 PARAMETER, GRADIENT, OFFSET, NUMEL, GROUP = range(5)

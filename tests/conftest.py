@@ -18,6 +18,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fastcm.kernels import native
+from fastcm.optim import backends, one_sweep
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of random inputs; default: fresh in each run")
@@ -43,6 +46,21 @@ def seed(request: pytest.FixtureRequest) -> int:
     torch.manual_seed(value)
     print(f"random inputs: repeat with --seed {run}")
     return value
+
+
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
+    "native": lambda device, dtype: backends.Native(native.load(dtype)),
+    "plain": lambda device, dtype: backends.Plain(),
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The optimizers by each implementation that runs without a GPU."""
+    if request.param == "native" and native.load(torch.float32) is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(one_sweep, "choose", BACKENDS[request.param])
+    return str(request.param)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,22 +88,23 @@ def objectives() -> dict[str, Any]:
     }
 
 
-def trainer(objective: Any, device: str) -> fastcm.Trainer:
+def trainer(objective: Any, device: str, **options: Any) -> fastcm.Trainer:
     torch.manual_seed(0)
     net = MLP(shape=(3, 4, 4), width=16, depth=1)
     data = torch.arange(64 * 48, dtype=torch.uint8).reshape(64, 3, 4, 4)
-    return fastcm.Trainer(
-        net, objective, data=data, batch_size=24, compile=False, device=device, progress=False
-    )
+    options = {"batch_size": 24, "compile": False, "graph": "off", "progress": False, **options}
+    return fastcm.Trainer(net, objective, data=data, device=device, **options)
 
 
 @pytest.mark.parametrize("method", ["flow", "ct", "cd"])
 def test_training_on_the_gpu_follows_the_cpu(method: str) -> None:
-    weights = []
-    for device in ("cpu", "cuda"):
-        t = trainer(objectives()[method] if method != "cd" else _copy("cd"), device).fit(5)
-        weights.append(torch.cat([p.detach().cpu().flatten() for p in t.net.parameters()]))
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-4)
+    runs = [
+        torch.cat(
+            [p.cpu().flatten() for p in trainer(_copy(method), device).fit(5).net.parameters()]
+        )
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=2e-4)
 
 
 def _copy(method: str) -> Any:
@@ -110,9 +112,10 @@ def _copy(method: str) -> Any:
     return objectives()[method]
 
 
+@pytest.mark.parametrize("graph", ["off", "step"])
 @pytest.mark.parametrize("method", ["flow", "ct", "cd"])
-def test_a_step_never_waits_for_the_device(method: str) -> None:
-    t = trainer(objectives()[method], "cuda").fit(3)
+def test_a_step_never_waits_for_the_device(method: str, graph: str) -> None:
+    t = trainer(objectives()[method], "cuda", graph=graph).fit(30)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -120,7 +123,94 @@ def test_a_step_never_waits_for_the_device(method: str) -> None:
             t._train_step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert t.step == 7
+    assert t.step == 34
+
+
+def weights(t: fastcm.Trainer) -> list[Tensor]:
+    nets = [t.net, *t.networks]
+    return [p.detach().clone() for net in nets for p in net.parameters()]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("method", ["flow", "ct", "cd"])
+def test_a_captured_run_is_bitwise_the_launched_one(method: str, compile: bool) -> None:
+    """Across epochs, under a learning rate that changes in every step."""
+    schedule = fastcm.warmup_cosine(5, 50)
+    runs = [
+        trainer(_copy(method), "cuda", graph=graph, compile=compile, lr_schedule=schedule).fit(40)
+        for graph in ("off", "step")
+    ]
+    for p, q in zip(*map(weights, runs)):
+        assert torch.equal(p, q)
+
+
+def test_a_captured_run_resumes_bitwise(tmp_path: Path) -> None:
+    straight = trainer(_copy("ct"), "cuda", graph="step").fit(60)
+    trainer(_copy("ct"), "cuda", graph="step", directory=tmp_path).fit(35)
+    resumed = trainer(_copy("ct"), "cuda", graph="step", directory=tmp_path).load().fit(25)
+    for p, q in zip(weights(straight), weights(resumed)):
+        assert torch.equal(p, q)
+
+
+def test_a_graph_survives_a_load_and_is_captured_again_when_memory_moved(tmp_path: Path) -> None:
+    runs = []
+    for graph in ("off", "step"):
+        t = trainer(_copy("ct"), "cuda", graph=graph, directory=tmp_path / graph).fit(30)
+        t.fit(10)
+        t.load(tmp_path / graph)  # back to step 40, in place
+        for p in t.net.parameters():
+            p.data = p.data.clone()
+        runs.append(t.fit(10))
+    for p, q in zip(*map(weights, runs)):
+        assert torch.equal(p, q)
+
+
+def test_a_captured_step_skips_a_gradient_that_is_not_finite() -> None:
+    t = trainer(_copy("flow"), "cuda", graph="step").fit(30)
+    before = weights(t)
+    first = next(t.net.parameters()).detach()
+    held = first.clone()
+    first.fill_(float("inf"))
+    t._train_step(1)
+    assert t.update.counts.tolist() == [31, 1, 1]
+    first.copy_(held)
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t)))
+    t._train_step(1)
+    assert t.update.counts.tolist() == [32, 1, 0]
+
+
+def test_micro_batches_train_alike_in_a_graph() -> None:
+    runs = [trainer(_copy("ct"), "cuda", graph="step", accumulate=k).fit(30) for k in (1, 3)]
+    for p, q in zip(*map(weights, runs)):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimizer_on_the_gpu_is_that_on_the_cpu() -> None:
+    torch.manual_seed(2)
+    shapes = [(64, 33), (5,), (7, 3, 3, 3), (), (4097,)]
+    results = []
+    for device in ("cpu", "cuda"):
+        g = torch.Generator().manual_seed(1)
+        params = [
+            torch.nn.Parameter(torch.randn(s, generator=g).to(device, dtype))
+            for s in shapes
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        o = fastcm.AdamW(
+            params,
+            max_grad_norm=1.0,
+            ema=[fastcm.EMA(0.9), fastcm.PowerEMA(0.1)],
+            shadow_dtype=torch.bfloat16,
+            shadow_ema=[1],
+        )
+        for _ in range(20):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g).to(device, p.dtype)
+            o.step()
+        found = [t.cpu().float() for p in params for t in (p.detach(), *o.state[p].values())]
+        results.append([*found, *(s.cpu().float() for s in o._layout.shadows), o.grad_norm.cpu()])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
 
 
 def test_samples_do_not_depend_on_the_device() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastcm
 from fastcm import EMA, ConsistencyDistillation, ConsistencyTraining, FlowMatching, Sampler, Trainer
 from fastcm.networks import MLP
-from fastcm.training.step import Step
+from fastcm.training.gradients import Gradients
 
 DATA = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
 
@@ -270,10 +270,10 @@ def test_auto_compile_leaves_no_trace_and_a_short_run_does_not_compile() -> None
 def test_auto_compile_times_both_when_the_run_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     times = iter([1.0, 0.5])
-    monkeypatch.setattr(Step, "_time", lambda self, compiled, *a: next(times))
+    monkeypatch.setattr(Gradients, "_time", lambda self, compiled, *a: next(times))
     t = trainer(compile="auto", log=lines.append)
     x0 = DATA[:8]
-    assert t.stepper._choose(x0, None, t.key, remaining=1000) is True
+    assert t.gradients._choose(x0, None, t.key, remaining=1000) is True
     assert lines == ["compile: on, 500.0 ms compiled, 1000.0 ms eager"]
 
 

@@ -126,6 +126,25 @@ class Objective(Protocol):
         ...
 
 
+def target_output(
+    net: Network, target_net: Network | None, x: Tensor, t: Tensor, cond: Tensor | None
+) -> Tensor:
+    """The target network's output, without gradient; without one, that of `net` itself.
+
+    Then the random numbers it draws are put back, so that the student's dropout masks are the
+    same. Compiled or captured code cannot do that, and is not used for a network with dropout.
+    """
+    with torch.no_grad():
+        if target_net is not None:
+            return target_net(x, t, cond)
+        if torch.compiler.is_compiling() or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            return net(x, t, cond)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            return net(x, t, cond)
+
+
 def check_output(name: str, F: Tensor, x: Tensor) -> Tensor:
     """Raise ValueError if a network's output has another shape than its input."""
     if not isinstance(F, Tensor):

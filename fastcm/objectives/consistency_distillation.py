@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.objectives.base import Batch, Loss, Network, check_output, unconditional
+from fastcm.objectives.base import (
+    Batch,
+    Loss,
+    Network,
+    check_output,
+    target_output,
+    unconditional,
+)
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
 from fastcm.parameterization import Parameterization
@@ -42,7 +49,7 @@ class ConsistencyDistillation:
     times: TimeSampler | None = None
     metric: Metric = PseudoHuber()
     weight: Weight = inverse_gap
-    target_average: Average = EMA(0.9)
+    target_average: Average | None = EMA(0.9)
     guidance: float | None = None
     null_condition: Tensor | int | None = None
 
@@ -60,9 +67,13 @@ class ConsistencyDistillation:
             raise ValueError("guidance needs null_condition, got None")
         self.teacher.requires_grad_(False).eval()
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the target is the student itself."""
+        return self.target_average is None
+
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
-        assert target_net is not None
         p = self.parameterization
         n = intervals(self.discretization, batch.key.step)
         t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
@@ -71,7 +82,7 @@ class ConsistencyDistillation:
         at_t, at_s = p.coefficients(t), p.coefficients(s)
         with torch.no_grad():
             x_s, input_s = self._teacher_step(batch, t, s, x_t, input_t)
-            F_s = target_net(input_s, p.c_noise(s), batch.cond)
+            F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
         return Loss(
             *ops.consistency_loss(

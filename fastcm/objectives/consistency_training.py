@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.objectives.base import Batch, Loss, Network, check_output
+from fastcm.objectives.base import Batch, Loss, Network, check_output, target_output
 from fastcm.ops import Denoised
 from fastcm.parameterization import Parameterization
 from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals
@@ -26,7 +24,8 @@ class ConsistencyTraining:
         times: None draws the interval uniformly; else by the mass of this density.
         metric: distance of the denoisers.
         weight: weight(t, s, path).
-        target_average: the average that serves as target network.
+        target_average: the average that serves as target network; None takes the student itself,
+            without gradient and with the same dropout masks, as iCT and ECT do.
 
     Source: seed eq. 6; Song et al. 2023, algorithm 3.
     """
@@ -37,22 +36,25 @@ class ConsistencyTraining:
     times: TimeSampler | None = None
     metric: Metric = PseudoHuber()
     weight: Weight = inverse_gap
-    target_average: Average = EMA(0.9)
+    target_average: Average | None = EMA(0.9)
 
     def __post_init__(self) -> None:
         check_consistency(self.parameterization, self.discretization)
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the target is the student itself."""
+        return self.target_average is None
+
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
-        assert target_net is not None
         p = self.parameterization
         n = intervals(self.discretization, batch.key.step)
         t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
         x_t, x_s = batch.states(p, t, s)
         input_t, input_s = batch.network_inputs(p, (t, x_t), (s, x_s))
         at_t, at_s = p.coefficients(t), p.coefficients(s)
-        with torch.no_grad():
-            F_s = target_net(input_s, p.c_noise(s), batch.cond)
+        F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
         target = Denoised(x_s, F_s, at_s.a, at_s.b)
         return Loss(

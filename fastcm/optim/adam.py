@@ -38,11 +38,13 @@ class AdamW(OneSweep):
         amsgrad, maximize, differentiable: not supported; must be False.
 
     Raises:
-        ValueError: an option out of range, no parameters, or such as are complex, integers, or on
-            several devices.
+        ValueError: an option out of range, no parameters, or such as are complex, integers,
+            expanded, given twice, or on several devices.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
+
+    _never_loaded = (*OneSweep._never_loaded, "decoupled_weight_decay")
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ def swapped(module: nn.Module, find: Find) -> Iterator[nn.Module]:
 
     Addresses stay, so compiled code and captured graphs see the averages.
     """
+    sharding.reshard(module)  # a root keeps its parameters gathered after a forward pass
     found = [(sharding.local(p), find(p)) for p in module.parameters()]
     pairs = [(parameter, average) for parameter, average in found if average is not None]
     if not pairs:
@@ -34,12 +35,15 @@ def swapped(module: nn.Module, find: Find) -> Iterator[nn.Module]:
             parameter.copy_(average)
         yield module
     finally:
+        sharding.reshard(module)
         for (parameter, _), value in zip(pairs, kept):
             parameter.copy_(value)
 
 
 def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
     """A copy of a module whose parameters are tensors of the optimizer, and its keeper.
+
+    Where their dtype is another, the rest of the module is cast to it.
 
     Args:
         module: the network that is trained.
@@ -61,6 +65,11 @@ def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
     if not pairs:
         raise ValueError(f"{type(module).__name__} has none of the optimizer's parameters")
     network = copy.deepcopy(module, memo).requires_grad_(False).eval()
+    for reference, live in pairs:
+        parameter = reference()
+        if parameter is not None and parameter.dtype != live.dtype:
+            network.to(live.dtype)  # buffers and frozen parameters too, so that it can be called
+            break
     return network, Live(module, network, pairs, find)
 
 

@@ -6,6 +6,7 @@ import ctypes
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from fastcm import reference
 from fastcm.kernels import native
@@ -155,9 +156,11 @@ class Plain:
     def grad_norm(self, tables: Tables) -> None:
         tables.sums.zero_()
         for slot, g in zip(tables.layout.slots, tables.gradients):
-            if g is not None:
-                square = g.to(tables.layout.dtype).square().sum().double()
-                tables.sums[tables.meshes.index(slot.mesh)] += square
+            if g is not None and slot.numel:
+                square = g.to(tables.layout.dtype).square().flatten()
+                rows = nn.functional.pad(square, (0, -slot.numel % CHUNK)).view(-1, CHUNK).sum(1)
+                # a running sum has one order at any number of threads, unlike a sum
+                tables.sums[tables.meshes.index(slot.mesh)] += rows.double().cumsum(0)[-1]
 
     def tick(self, tables: Tables, *, radam: bool, measured: bool) -> None:
         tables.shared[:2] = 1.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ def same_order(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a piece of memory, each once, in any order of dimensions."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size == 1:
@@ -148,6 +151,22 @@ class Layout:
             slot.view(self.masters).copy_(shard)
         for flat in (*self.averages, *self.shadows):
             slot.view(flat).copy_(shard)
+
+    @torch.no_grad()
+    def take(self, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Start from the state of the same parameters in another layout; what it lacks is new."""
+        for index, slot in enumerate(self.slots):
+            self.initialise(slot)
+            old = state.get(slot.parameter, {})
+            for name, view in self.entries(index):
+                if name in old:
+                    value = sharding.local(torch.as_tensor(old[name]))
+                    if value.shape != view.shape:
+                        raise ValueError(
+                            f"parameter {index} is {list(view.shape)}, its {name} "
+                            f"{list(value.shape)}: make another optimizer after a change of shape"
+                        )
+                    view.copy_(value)
 
     def entries(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The state of parameter `index` by the names of its state_dict, as local views."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from fastcm.optim.state import (
     check_parameters,
     fill,
 )
-from fastcm.optim.tables import Tables, send
+from fastcm.optim.tables import Tables
 
 Closure = Callable[[], Any]
 
@@ -34,6 +33,7 @@ class OneSweep(Optimizer):
     """What `AdamW` and `RAdam` share: everything but the scalars of the step."""
 
     _radam = False
+    _never_loaded: tuple[str, ...] = IMPLEMENTATION
 
     def __init__(
         self,
@@ -51,6 +51,8 @@ class OneSweep(Optimizer):
         self.max_grad_norm = max_grad_norm
         self._reset()
         super().__init__(params, defaults)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("the parameter groups have no parameters")
 
     def _reset(self) -> None:
         """No state: it is made when first needed."""
@@ -59,15 +61,14 @@ class OneSweep(Optimizer):
         self._backend: Backend | None = None
         self._counts: Tensor | None = None
         self._live: list[Live] = []
-        self._sent: list[Any] = []
         self._swapped = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with options of its own; its averages start at the parameters.
 
         Raises:
-            ValueError: options out of range, no parameters, some that are not float, or on another
-                device. The optimizer is unchanged.
+            ValueError: options out of range; parameters that are there already, not float, or on
+                another device. The optimizer is unchanged.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -125,58 +126,42 @@ class OneSweep(Optimizer):
             sharding.local(slot.parameter).copy_(slot.view(layout.masters))
         if not backend.shadows:
             layout.copy_shadows()
+        tables.release()
         self._live = [live for live in self._live if live.module is not None]
         for live in self._live:
             live.copy_buffers()
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Send to the device what changed on the host: options such as lr, moved gradients.
 
         `step` does it, except while a CUDA graph is captured: call it after the capture, and
-        before a replay if an option changed.
+        before a replay.
+
+        Returns:
+            Whether parameters, gradients or state moved since the last step or call, so that a
+            graph captured before is void.
         """
-        self._prepare(upload=True)
+        before = self._tables and (self._tables, self._tables.version)
+        _, tables, _ = self._prepare(upload=True)
+        return before != (tables, tables.version)
 
     def _prepare(self, *, upload: bool) -> tuple[Layout, Tables, Backend]:
-        if self._layout is None:
-            self._build()
+        if self._layout is None or len(self.state) != len(self._layout.slots):
+            self._build()  # the first time, or some state was removed, to start anew
         assert self._tables is not None and self._layout is not None and self._backend is not None
         if not self._tables.refresh(upload=upload):
             self._build()  # a parameter has another dtype, shape or strides than before
             self._tables.refresh(upload=upload)
-        if upload:
-            self._send_options()
-        for i, group in enumerate(self.param_groups):
-            if _on_device(group["lr"]):
-                self._tables.hyper[i, 0].copy_(group["lr"].detach())
+        self._tables.options(self.param_groups, self.max_grad_norm, upload=upload)
         return self._layout, self._tables, self._backend
-
-    def _send_options(self) -> None:
-        assert self._tables is not None
-        hyper = []
-        for group in self.param_groups:
-            lr = math.nan if _on_device(group["lr"]) else float(group["lr"])
-            decay = float(group["weight_decay"])
-            decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
-            hyper.append([lr, *map(float, group["betas"]), float(group["eps"]), *decays])
-        limit = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
-        if self._sent != [hyper, limit]:
-            send(self._tables.hyper, hyper)
-            send(self._tables.limit, [limit])
-            self._sent = [hyper, limit]
 
     @torch.no_grad()
     def _build(self) -> None:
         """Lay out the state, with what `self.state` holds copied into it."""
         parameters = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"]]
         layout = Layout(parameters, len(self.averages), self.shadow_dtype, self.shadow_ema)
-        for index, slot in enumerate(layout.slots):
-            layout.initialise(slot)
-            old = self.state.get(slot.parameter, {})
-            for name, view in layout.entries(index):
-                if name in old:
-                    view.copy_(sharding.local(torch.as_tensor(old[name])))
+        layout.take(self.state)
         counts = torch.zeros(3, dtype=torch.int64) if self._counts is None else self._counts
         self._counts = counts.to(layout.device)
         self._backend = choose(layout.device, layout.dtype)
@@ -185,7 +170,7 @@ class OneSweep(Optimizer):
         for j, average in enumerate(self.averages):
             if _is_constant(average):
                 self._tables.shared[2 + j] = 1.0 - average.decay(self._counts[0])
-        self._layout, self._sent = layout, []
+        self._layout = layout
         self._attach()
 
     def _attach(self) -> None:
@@ -223,10 +208,6 @@ class OneSweep(Optimizer):
             ValueError: another number of groups or parameters, a tensor of another shape, a
                 missing or unsupported entry. The optimizer is unchanged.
         """
-        if self._layout is None:
-            self._build()
-        layout, counts = self._layout, self._counts
-        assert layout is not None and counts is not None
         taken: dict[str, Any] = {}
 
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -236,14 +217,22 @@ class OneSweep(Optimizer):
 
         # the last of the hooks, so that it sees what those of the user made of the state
         handle = self.register_load_state_dict_pre_hook(take)
-        ours = [{k: v for k, v in g.items() if k in IMPLEMENTATION} for g in self.param_groups]
+        before = [dict(group) for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for group, mine in zip(self.param_groups, ours):
-            group.update(mine)
-        fill(layout, counts, taken)
+        for group, mine in zip(self.param_groups, before):
+            for name in self.defaults:
+                if name in self._never_loaded or name not in group:
+                    group[name] = mine[name]
+        if self._layout is None:
+            self._counts = None
+            if not taken["state"]:  # of a fresh optimizer: still made at the first step
+                return
+            self._build()
+        assert self._layout is not None and self._counts is not None
+        fill(self._layout, self._counts, taken)
         self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,11 +276,11 @@ class OneSweep(Optimizer):
             find = self._finder(self._average(i))
             context = swapped(module, find)
             context.__enter__()
-        self._swapped = True
+        outer, self._swapped = self._swapped, True
         try:
             yield module
         finally:
-            self._swapped = False
+            self._swapped = outer
             with torch.no_grad():
                 context.__exit__(None, None, None)
 
@@ -366,7 +355,3 @@ class OneSweep(Optimizer):
 
 def _is_constant(average: Average) -> bool:
     return isinstance(average, EMA) and not average.warmup
-
-
-def _on_device(lr: float | Tensor) -> bool:
-    return isinstance(lr, Tensor) and lr.device.type != "cpu"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Mesh = tuple[Any, tuple[int, ...]] | None
 """Where the squares of a gradient are spread: a device mesh and its dimensions; None: nowhere."""
@@ -40,20 +40,32 @@ def gradient(parameter: Tensor) -> Tensor | None:
     return shard
 
 
+def reshard(module: nn.Module) -> None:
+    """Let the modules of FSDP2 forget gathered parameters, which the next forward gathers anew."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for part in module.modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule):
+            part.reshard()
+
+
 def like(parameter: Tensor, value: Tensor) -> Tensor:
     """State of a shard as a DTensor, as distributed checkpoints want it."""
     if not is_dtensor(parameter):
         return value
     sharded: Any = parameter
-    wrapped: Tensor = type(sharded).from_local(
-        value,
+    # a DTensor takes over the offset of its shard into memory that it does not have, and deepcopy
+    # fails if it is not 0: so the view of the flat state is put in afterwards
+    wrapped: Any = type(sharded).from_local(
+        torch.empty_like(value),
         sharded.device_mesh,
         sharded.placements,
         run_check=False,
         shape=sharded.shape,
         stride=sharded.stride(),
     )
-    return wrapped
+    wrapped._local_tensor = value
+    found: Tensor = wrapped
+    return found
 
 
 def local_of(parameter: Tensor, value: Tensor) -> Tensor:

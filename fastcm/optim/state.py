@@ -43,8 +43,8 @@ def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError unless the parameters of all groups can share one flat state."""
     device = None
     for index, group in enumerate(groups):
-        if not group["params"]:
-            raise ValueError(f"parameter group {index} has no parameters")
+        if len({id(p) for p in group["params"]}) < len(group["params"]):
+            raise ValueError(f"parameter group {index} has a parameter twice")
         for i, parameter in enumerate(group["params"]):
             if parameter.dtype not in FLOATS:
                 raise ValueError(
@@ -53,6 +53,11 @@ def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
                 )
             if parameter.layout != torch.strided:
                 raise ValueError(f"parameter {i} of group {index} is {parameter.layout}, not dense")
+            if any(n > 1 and s == 0 for n, s in zip(parameter.shape, parameter.stride())):
+                raise ValueError(
+                    f"parameter {i} of group {index} is expanded, several of its elements are one "
+                    "in memory: give the optimizer what it was expanded from, or a clone"
+                )
             device = device or parameter.device
             if parameter.device != device:
                 raise ValueError(
@@ -96,6 +101,8 @@ def check(
         )
     for index, (theirs, ours) in enumerate(zip(saved, groups)):
         check_options(theirs, index)
+        if "params" not in theirs:
+            raise ValueError(f"parameter group {index} of the state has no params")
         if len(theirs["params"]) != len(ours["params"]):
             raise ValueError(
                 f"parameter group {index} of the state has {len(theirs['params'])} parameters, "
@@ -105,6 +112,8 @@ def check(
             entries = state_dict["state"].get(key)
             if entries is not None:
                 _check_entries(f"the state of parameter {key}", entries, parameter, averages)
+    if "counts" in state_dict and len(state_dict["counts"]) != 3:
+        raise ValueError(f"counts of the state must be 3 numbers, got {state_dict['counts']}")
 
 
 def _check_entries(
@@ -118,12 +127,12 @@ def _check_entries(
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}: it has {sorted(entries)}")
     for name in (*MOMENTS[1:], *present, *(["master"] if "master" in entries else [])):
-        if entries[name].shape != parameter.shape:
-            raise ValueError(
-                f"{where}: {name} is {list(entries[name].shape)}, "
-                f"the parameter {list(parameter.shape)}"
-            )
-    if torch.as_tensor(entries["step"]).numel() != 1:
+        value = entries[name]
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            found = list(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{where}: {name} is {found}, the parameter {list(parameter.shape)}")
+    step = entries["step"]
+    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
         raise ValueError(f"{where}: step must have 1 element")
 
 
@@ -132,13 +141,14 @@ def fill(layout: Layout, counts: Tensor, state_dict: Mapping[str, Any]) -> None:
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     for index, (key, slot) in enumerate(zip(keys, layout.slots)):
         entries = state_dict["state"].get(key, {})
-        layout.initialise(slot)
         for name, view in layout.entries(index):
-            if name in entries:
+            if name in entries:  # perhaps this view itself: nothing was written to it before
                 like = view if name == "step" else slot.parameter
                 view.copy_(sharding.local_of(like, torch.as_tensor(entries[name])))
             elif name in MOMENTS:
                 view.zero_()
+            else:  # averages and masters
+                view.copy_(sharding.local(slot.parameter))
     if "counts" in state_dict:
         counts.copy_(torch.as_tensor(state_dict["counts"]))
     else:  # from torch: no step was skipped

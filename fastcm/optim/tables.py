@@ -6,7 +6,9 @@ step and sent to the device when one of them moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ class Tables:
         rows, shared, norm: scalars of the step, in the dtype of the state.
         averages, shadows: int64, addresses.
         gradients: of each parameter, or None.
+        version: counts the times that an address changed.
     """
 
     def __init__(
@@ -73,8 +76,11 @@ class Tables:
         self._sharded = any(sharding.is_dtensor(slot.parameter) for slot in layout.slots)
         self._buffers: dict[int, Tensor] = {}
         self._seen: list[object] = []
+        self._sent: list[object] = []
         self._kinds: list[Kind] = []
         self._addresses: list[list[int]] = []
+        self._pending = False
+        self.version = 0
 
     def refresh(self, *, upload: bool = True) -> bool:
         """Find what moved since the last step; False if a parameter changed its form or device.
@@ -90,11 +96,12 @@ class Tables:
             shards = [sharding.local(p) for p in shards]
         for p, g in zip(shards, gradients):
             if g is None:
-                seen.append((p.data_ptr(), p.stride()))
+                seen.append((p.data_ptr(), p.stride(), p.shape, p.dtype))
             elif g.layout != torch.strided:
                 raise ValueError(f"the optimizer takes dense gradients, got one that is {g.layout}")
             else:
-                seen.append((p.data_ptr(), p.stride(), g.data_ptr(), g.stride(), g.dtype))
+                form = (p.data_ptr(), p.stride(), p.shape, p.dtype)
+                seen.append((*form, g.data_ptr(), g.stride(), g.shape, g.dtype))
         self.gradients = gradients
         if seen == self._seen and not self.copied:
             if upload:
@@ -106,11 +113,40 @@ class Tables:
         )
         if not all(fits):
             return False
+        self._seen = []  # of a form that is refused, nothing is kept
         self._assign(shards, gradients)
         self._seen = seen
         if upload:
             self._upload()
         return True
+
+    def release(self) -> None:
+        """Let go of the gradients: nobody else may hold them until the next step."""
+        self.gradients = [None] * len(self.gradients)
+        if self.copied:
+            self.copied, self._seen = [], []
+
+    def options(
+        self, groups: Sequence[Mapping[str, Any]], max_grad_norm: float | None, *, upload: bool
+    ) -> None:
+        """Fill `hyper` and `limit` with what changed in the options of the optimizer."""
+        if upload:
+            hyper = []
+            for group in groups:
+                lr = math.nan if _on_device(group["lr"]) else float(group["lr"])
+                decay = float(group["weight_decay"])
+                decays = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
+                hyper.append([lr, *map(float, group["betas"]), float(group["eps"]), *decays])
+            limit = math.inf if max_grad_norm is None else float(max_grad_norm)
+            if self._sent != [hyper, limit]:
+                send(self.hyper, hyper)
+                send(self.limit, [limit])
+                if max_grad_norm is None:
+                    self.norm.fill_(math.nan)
+                self._sent = [hyper, limit]
+        for i, group in enumerate(groups):
+            if _on_device(group["lr"]):
+                self.hyper[i, 0].copy_(group["lr"].detach())
 
     def _assign(self, shards: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Decide what is read in place and what is copied, and collect the addresses."""
@@ -119,6 +155,13 @@ class Tables:
         rows: list[list[int]] = [[], []]
         kinds: list[Kind] = []
         for i, (slot, p, g) in enumerate(zip(layout.slots, shards, gradients)):
+            if slot.numel and not p.data_ptr():
+                raise ValueError(f"parameter {i} of {list(p.shape)} has no memory")
+            if g is not None and g.shape != slot.shape:
+                raise ValueError(
+                    f"the gradient of parameter {i} is {list(g.shape)}, the parameter "
+                    f"{list(slot.shape)}: its data were replaced after the gradient was made"
+                )
             if slot.dense and slot.dtype in self._direct:
                 address, dtype = p.data_ptr(), slot.dtype
             else:
@@ -141,7 +184,9 @@ class Tables:
                     "layout or alignment than before: take a few steps on the capture stream first"
                 )
             self._partition(kinds)
-        self._addresses = rows
+        if rows != self._addresses:
+            self._addresses, self._pending = rows, True
+            self.version += 1
 
     def _capturing(self) -> bool:
         return self.tensors.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -149,6 +194,8 @@ class Tables:
     def _in_place(self, slot: Slot, g: Tensor) -> bool:
         return (
             g.dtype in self._direct
+            and g.data_ptr() != 0  # a tensor of zeros may have no memory
+            and not g.is_neg()
             and is_dense(g)
             and same_order(slot.shape, g.stride(), slot.stride)
         )
@@ -187,9 +234,9 @@ class Tables:
         self._kinds = kinds
 
     def _upload(self) -> None:
-        if self._addresses:
+        if self._pending:
             send(self.tensors[:2], self._addresses)
-            self._addresses = []
+            self._pending = False
 
 
 def send(target: Tensor, values: object) -> None:
@@ -197,3 +244,7 @@ def send(target: Tensor, values: object) -> None:
     # fresh pinned memory each time: one buffer would be overwritten while a copy still reads it
     source = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
     target.copy_(source, non_blocking=True)
+
+
+def _on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from fastcm import checkpoint
 from fastcm.checkpoint import CheckpointError
 from fastcm.description import differences
-from fastcm.rng import NoiseKey
 from fastcm.training.optimizer_state import check_optimizer
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def contents(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     }
     state = {
         "config": trainer.config(),
-        "compiled": trainer.stepper.compiled,
+        "compiled": trainer.gradients.compiled,
         "optimizer": rest,
         "num_averages": len(trainer.networks),
         **trainer.metadata,
@@ -71,6 +70,8 @@ def read(trainer: Trainer, run: Path) -> None:
     _check_names(name, groups, {*fixed, "optimizer", "random"})
     for group, wanted in fixed.items():
         checkpoint.check_tensors(f"{name}/{group}", groups[group], wanted)
+    if not isinstance(found.state["compiled"], bool | None):
+        raise CheckpointError(f"{name}: compiled is {found.state['compiled']!r:.100}")
     random = _random(trainer.device)
     # the states of a GPU are of no use without one, and lack where there was none
     checkpoint.check_tensors(
@@ -89,10 +90,10 @@ def read(trainer: Trainer, run: Path) -> None:
     torch.set_rng_state(groups["random"]["cpu"])
     if trainer.device.type == "cuda" and "cuda" in groups["random"]:
         torch.cuda.set_rng_state(groups["random"]["cuda"], trainer.device)
-    if trainer.stepper.compiled is None:  # what "auto" chose: the same numbers after a resume
-        trainer.stepper.compiled = cast("bool | None", found.state["compiled"])
+    if trainer.gradients.compiled is None:  # what "auto" chose: the same numbers after a resume
+        trainer.gradients.compiled = found.state["compiled"]
     trainer.step = found.state["step"]
-    trainer.key = NoiseKey(trainer.seed, trainer.step, device=trainer.device)
+    trainer.key.step.fill_(trainer.step)  # in place: a captured step reads it
 
 
 def _check_names(name: str, found: Mapping[str, object], wanted: set[str]) -> None:

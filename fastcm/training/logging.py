@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastcm.checkpoint import replace_file
 from fastcm.training.tensorboard import Scalars
 
@@ -58,6 +61,51 @@ class MetricsFile:
 def _finite(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Reading:
+    """Metrics of one step on their way from the device.
+
+    Args:
+        host: numbers that are known.
+        device: 0-d tensors; copied at once, so the next step may overwrite them.
+    """
+
+    def __init__(self, host: dict[str, Any], device: dict[str, Tensor]) -> None:
+        self._host, self._names = host, list(device)
+        values = torch.stack([v.detach().double().reshape(()) for v in device.values()])
+        self._event: Any = None
+        if values.is_cuda:
+            self._values = torch.empty(len(values), dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._values = values.cpu()
+
+    @property
+    def arrived(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+    def values(self) -> dict[str, Any]:
+        """All metrics; waits if they have not arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        read = dict(zip(self._names, self._values.tolist()))
+        counts = {k: int(v) for k, v in read.items() if k in ("skipped", "intervals")}
+        return {**self._host, **read, **counts}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, the most that was resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Progress:

@@ -116,5 +116,5 @@ class Saving:
         """As `settle` beneath another error, which is the one to raise."""
         try:
             self.settle()
-        except OSError as error:
+        except Exception as error:
             self._trainer.log(str(error))

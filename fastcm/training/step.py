@@ -1,156 +1,142 @@
-"""Forward and backward of one training step, eager or compiled, whichever is faster."""
+"""One training step: draw, noise, networks, gradients, sweep; nothing comes back to the host.
+
+On a GPU the whole step is one CUDA graph. What changes between steps is on the device: the key
+that noise, times and rows follow from, learning rates and decays in the tables of the optimizer.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
-from fastcm.objectives.base import Batch, Network, Objective
+from fastcm.data import DeviceData, Source
+from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
+from fastcm.training.gradients import Gradients
+from fastcm.training.graph import Graphed
+from fastcm.training.update import Update
 
-Compile = Literal["auto"] | bool
-Precision = Literal["fp32", "bf16"]
-
-# Compiling forward and backward takes tens of seconds on a small machine, so "auto" does not try
-# where the whole run is not worth more than a few times that.
-_WORTH_COMPILING_S = 120.0
-_TIMED_STEPS = 5
+Graph = Literal["auto", "step", "off"]
 
 
 class Step:
-    """Computes loss and gradients of a batch; noise, times and network in one function.
+    """Takes the steps of a run.
 
     Args:
-        net: the student.
-        objective: the method.
-        target_net: the average that serves as target, or None.
-        precision: "fp32", or "bf16": the networks run under autocast and see bfloat16 inputs; the
-            arithmetic around them stays float32.
-        compile: True, False, or "auto": time both at the first step and keep the faster.
-        log: receives one line about the choice that "auto" made.
+        source: where batches come from; `DeviceData` is drawn from on the device.
+        batch_size: rows a step.
+        gradients: of a batch.
+        optimizer, update: what applies them.
+        key: where the noise stands; advanced by every step.
+        graph: "step" captures the whole step in a CUDA graph, "auto" does if that is faster,
+            "off" does not. Only a GPU and an optimizer of this package can.
+        log: receives one line about what "auto" chose.
+
+    Raises:
+        ValueError: graph="step" where it cannot be.
     """
 
     def __init__(
         self,
-        net: nn.Module,
-        objective: Objective,
-        target_net: nn.Module | None,
+        source: Source,
+        batch_size: int,
+        gradients: Gradients,
+        optimizer: Optimizer,
+        update: Update,
+        key: NoiseKey,
         *,
-        precision: Precision = "fp32",
-        compile: Compile = "auto",
+        graph: Graph = "auto",
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-        if compile not in ("auto", True, False):
-            raise ValueError(f"compile must be 'auto', True or False, got {compile!r}")
-        self.net = net
-        self.objective = objective
-        self.target_net = target_net
-        self.precision = precision
-        self.compiled: bool | None = None if compile == "auto" else compile
-        self._log = log
-        self._compiled_loss: Callable[..., Tensor] = torch.compile(self._loss)
-        self._parameters = [p for p in net.parameters() if p.requires_grad]
+        if graph not in ("auto", "step", "off"):
+            raise ValueError(f"graph must be 'auto', 'step' or 'off', got {graph!r}")
+        self.source = source
+        self.batch_size = batch_size
+        self.gradients = gradients
+        self.update = update
+        self.key = key
+        self.shape: torch.Size | None = None
+        self._optimizer = optimizer
+        self._static: tuple[Tensor, Tensor | None] | None = None
+        self._remaining = 1
+        self._graphed: Graphed | None = None
+        obstacle = self._obstacle()
+        if graph == "step" and obstacle:
+            raise ValueError(f"graph='step' is not possible: {obstacle}")
+        if graph != "off" and not obstacle:
+            assert isinstance(optimizer, OneSweep)
+            self._graphed = Graphed(
+                self._work,
+                optimizer.prepare,
+                gradients.net,
+                key.device,
+                must=graph == "step",
+                log=log,
+            )
 
-    def __call__(
-        self, x0: Tensor, cond: Tensor | None, key: NoiseKey, *, remaining: int = 1
-    ) -> Tensor:
-        """Add the gradients of the mean loss to the parameters; returns the loss, detached.
+    def _obstacle(self) -> str | None:
+        """Why this step cannot be a CUDA graph."""
+        if self.key.device.type != "cuda":
+            return f"the run is on {self.key.device.type}, a CUDA graph needs a GPU"
+        if not isinstance(self._optimizer, OneSweep):
+            return (
+                f"{type(self._optimizer).__name__} keeps its scalars on the host: use fastcm.AdamW"
+            )
+        if self.gradients.masks_are_shared:
+            return "student and target share dropout masks, which a graph would draw anew"
+        return None
+
+    def __call__(self, step: int, *, remaining: int = 1) -> Tensor:
+        """Take step number `step`; returns its loss, a 0-d device tensor that the next overwrites.
 
         Args:
-            x0, cond: the batch, on the device.
-            key: its noise.
             remaining: how many steps the run still has; decides whether compiling can pay.
         """
-        if self.compiled is None:
-            self.compiled = self._choose(x0, cond, key, remaining)
-        return self._run(self.compiled, x0, cond, key)
+        self._remaining = remaining
+        if self._graphed is None:
+            self._feed(step, static=False)
+            return self._work()
+        with self._graphed.stream():
+            self._feed(step, static=True)
+            return self._graphed()
 
-    def _run(self, compiled: bool, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> Tensor:
-        loss = (self._compiled_loss if compiled else self._loss)(x0, cond, key.tensor)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+    def _feed(self, step: int, *, static: bool) -> None:
+        """Have the batch ready on the device, at fixed addresses if it is for a graph."""
+        if isinstance(self.source, DeviceData):
+            self.source.prepare(step * self.batch_size, self.batch_size)
+            return
+        x0, cond = self.source.draw(step, self.batch_size)
+        if not static or self._static is None:
+            self._static = (x0, cond)
+            return
+        held, held_cond = self._static
+        if (
+            x0.shape != held.shape
+            or x0.dtype != held.dtype
+            or (cond is None) != (held_cond is None)
+        ):
+            raise ValueError(
+                f"step {step} has x {x0.dtype} {list(x0.shape)}, those before {held.dtype} "
+                f"{list(held.shape)}: a captured step needs the same of every batch"
+            )
+        held.copy_(x0, non_blocking=True)
+        if cond is not None and held_cond is not None:
+            held_cond.copy_(cond, non_blocking=True)
 
-    def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Tensor:
-        bf16 = self.precision == "bf16"
-        batch = Batch(
-            x0,
-            NoiseKey.wrap(key),
-            cond,
-            input_dtype=torch.bfloat16 if bf16 else torch.float32,
-        )
-        target_net = self.target_net
-        net: Network = self.net
-        if bf16:
-            net = _autocast(self.net, x0.device.type)
-            target_net_: Network | None = target_net and _autocast(target_net, x0.device.type)
+    def _work(self) -> Tensor:
+        if isinstance(self.source, DeviceData):
+            position = self.key.step * self.batch_size
+            x0, cond = self.source.gather(position, self.batch_size)
         else:
-            target_net_ = target_net
-        return self.objective.loss(net, batch, target_net_).mean
-
-    def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
-        with _undone(self.net, self._parameters, x0.device):
-            eager = self._time(False, x0, cond, key)
-            if remaining * eager < _WORTH_COMPILING_S:
-                self._log(
-                    f"compile: off, {remaining} steps of {1e3 * eager:.1f} ms "
-                    "are too few to pay for compiling"
-                )
-                return False
-            try:
-                compiled = self._time(True, x0, cond, key)
-            except Exception as error:  # no compiler, or a network it cannot take
-                self._log(f"compile: off, it failed: {type(error).__name__}: {error!s:.200}")
-                return False
-        chosen = compiled < eager
-        self._log(
-            f"compile: {'on' if chosen else 'off'}, "
-            f"{1e3 * compiled:.1f} ms compiled, {1e3 * eager:.1f} ms eager"
-        )
-        return chosen
-
-    def _time(self, compiled: bool, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> float:
-        """Seconds a step, the median of a few after one to warm up."""
-        seconds = []
-        for _ in range(1 + _TIMED_STEPS):
-            start = time.perf_counter()
-            self._run(compiled, x0, cond, key)
-            if x0.is_cuda:
-                torch.cuda.synchronize(x0.device)
-            seconds.append(time.perf_counter() - start)
-            for parameter in self._parameters:
-                parameter.grad = None
-        return sorted(seconds[1:])[_TIMED_STEPS // 2]
-
-
-def _autocast(net: nn.Module, device_type: str) -> Network:
-    def call(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16):
-            out: Tensor = net(x, t, cond)
-        return out
-
-    return call
-
-
-@contextmanager
-def _undone(net: nn.Module, parameters: list[nn.Parameter], device: torch.device) -> Iterator[None]:
-    """Steps taken inside leave no trace: gradients, buffers and random state are put back."""
-    grads: list[Any] = [p.grad for p in parameters]
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    for p in parameters:
-        p.grad = None
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for p, grad in zip(parameters, grads):
-            p.grad = grad
-        for name, buffer in net.named_buffers():
-            buffer.copy_(buffers[name])
+            assert self._static is not None
+            x0, cond = self._static
+        self.shape = x0.shape[1:]
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self.gradients(x0, cond, self.key, remaining=self._remaining)
+        self.update.step()
+        self.key.advance_()
+        return loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,55 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm import checkpoint
 from fastcm.data import as_source
 from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.rng import NoiseKey
+from fastcm.schedules import intervals
 from fastcm.training.checkpoint import read
 from fastcm.training.checks import check_classes, check_teacher
+from fastcm.training.configuration import configuration
+from fastcm.training.finite import NON_FINITE_LIMIT, is_finite
+from fastcm.training.gradients import Compile, Gradients, Precision
 from fastcm.training.interrupt import StopSignals
-from fastcm.training.logging import MetricsFile, Progress, Rate
+from fastcm.training.logging import MetricsFile, Progress, Rate, Reading, peak_memory
+from fastcm.training.lr import Schedule, constant
 from fastcm.training.saving import Saving
-from fastcm.training.step import Compile, Precision, Step
+from fastcm.training.step import Graph, Step
 from fastcm.training.update import update
 
-Schedule = Callable[[int], float]
 Callback = Callable[["Trainer", str], None]
-
-NON_FINITE_LIMIT = 20
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient was not finite for many steps in a row."""
-
-
-def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Schedule:
-    """Learning-rate factor: linear over `warmup` steps, then a cosine down to `floor` at `total`.
-
-    Raises:
-        ValueError: warmup < 0, total < 1 or floor outside [0, 1].
-    """
-    if warmup < 0 or total < 1 or not 0 <= floor <= 1:
-        raise ValueError(
-            f"need warmup >= 0, total >= 1, floor in [0, 1], got {warmup}, {total}, {floor}"
-        )
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min((step - warmup) / max(total - warmup, 1), 1.0)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-    factor.__qualname__ = f"warmup_cosine({warmup}, {total}, {floor})"
-    return factor
-
-
-def constant(step: int) -> float:
-    """Learning-rate factor 1."""
-    return 1.0
 
 
 class Trainer:
@@ -81,8 +51,10 @@ class Trainer:
         lr_schedule: factor on the learning rates as a function of the step.
         max_grad_norm: clip the gradient's norm; None does not. An optimizer of this package that
             has one of its own keeps it.
-        precision: "fp32" or "bf16", see `Step`.
-        compile: "auto", True or False, see `Step`.
+        precision: "fp32" or "bf16", see `Gradients`.
+        compile: "auto", "regional", True or False, see `Gradients`.
+        graph: "auto", "step" or "off", see `Step`.
+        accumulate: micro-batches that each batch is cut into, to save memory.
         device: default that of the network.
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
@@ -118,6 +90,8 @@ class Trainer:
         max_grad_norm: float | None = 1.0,
         precision: Precision = "fp32",
         compile: Compile = "auto",
+        graph: Graph = "auto",
+        accumulate: int = 1,
         device: torch.device | str | None = None,
         directory: str | Path | None = None,
         save_every: int = 0,
@@ -174,7 +148,7 @@ class Trainer:
             optimizer = AdamW(self._parameters, lr=1e-3, weight_decay=0.0)
         self.optimizer = optimizer
         self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._lr_schedule = lr_schedule
+        self.lr_schedule = lr_schedule
         if averages is None:
             averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
         wanted: tuple[Average, ...] = tuple(averages)
@@ -186,10 +160,31 @@ class Trainer:
         target_net = None if target is None else self.networks[self.averages.index(target)]
         self._progress: Progress | None = None
         self._show, self._log_line = progress, log
+        self.gradients = Gradients(
+            self.net,
+            objective,
+            target_net,
+            precision=precision,
+            compile=compile,
+            accumulate=accumulate,
+            log=self.log,
+        )
+        if batch_size % accumulate:
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of accumulate {accumulate}"
+            )
         self.stepper = Step(
-            self.net, objective, target_net, precision=precision, compile=compile, log=self.log
+            self.source,
+            batch_size,
+            self.gradients,
+            optimizer,
+            self.update,
+            self.key,
+            graph=graph,
+            log=self.log,
         )
         self._metrics_file = MetricsFile(self.directory, tensorboard=tensorboard)
+        self._reading: Reading | None = None
         self._config: dict[str, Any] | None = None
         null = getattr(objective, "null_condition", None)
         self.metadata: dict[str, Any] = {
@@ -246,10 +241,11 @@ class Trainer:
                 self._progress.advance()
                 self._emit("step")
                 if self.step % self.log_every == 0 or last:
-                    self._report(loss, rate)
+                    self._measure(loss, rate)
                 save = self._saving.is_due(self.step) or (last and self.directory is not None)
+                self._report(wait=save or last)  # a resumed run does not repeat these steps
                 if save or self.step % NON_FINITE_LIMIT == 0 or last:
-                    save = self._is_finite(steps) and save
+                    save = is_finite(self, steps) and save
                 if save:
                     self._saving.begin()
                 self._saving.tell()
@@ -258,49 +254,48 @@ class Trainer:
         return self
 
     def _train_step(self, remaining: int) -> Tensor:
-        x0, cond = self.source.draw(self.step, self.batch_size)
-        self.metadata["shape"] = list(x0.shape[1:])
-        factor = self._lr_schedule(self.step)
+        factor = self.lr_schedule(self.step)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.stepper(x0, cond, self.key, remaining=remaining)
-        self.update.step()
-        self.key.advance_()
+        loss = self.stepper(self.step, remaining=remaining)
         self.step += 1
+        if self.metadata["shape"] is None and self.stepper.shape is not None:
+            self.metadata["shape"] = list(self.stepper.shape)
         return loss
 
-    def _report(self, loss: Tensor, rate: Rate) -> None:
+    def _measure(self, loss: Tensor, rate: Rate) -> None:
+        """Start to read the metrics of the step just taken, without waiting for the device."""
+        self._report(wait=True)
         it_s = rate.read(self.step)
-        self.metrics = {
+        host = {
             "step": self.step,
-            "loss": loss.item(),
-            "grad_norm": self.update.grad_norm.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped": int(self.update.counts[1].item()),
             "it_s": round(it_s, 3),
             "img_s": round(it_s * self.batch_size, 1),
+            "memory_mb": round(peak_memory(self.device) / 2**20, 1),
         }
+        last = self.key.step - 1
+        device = {
+            "loss": loss,
+            "grad_norm": self.update.grad_norm,
+            "skipped": self.update.counts[1],
+            **{f"ema_{i}": average.decay(last) for i, average in enumerate(self.averages)},
+        }
+        discretization = getattr(self.objective, "discretization", None)
+        if discretization is not None:
+            n = intervals(discretization, last)
+            device["intervals"] = torch.full_like(last, n) if isinstance(n, int) else n
+        self._reading = Reading(host, device)
+
+    def _report(self, *, wait: bool = False) -> None:
+        """Publish the metrics that are being read, if they have arrived."""
+        if self._reading is None or not (wait or self._reading.arrived):
+            return
+        self.metrics, self._reading = self._reading.values(), None
         self._metrics_file.write(self.metrics)
-        assert self._progress is not None
-        self._progress.report(self.metrics)
+        if self._progress is not None:
+            self._progress.report(self.metrics)
         self._emit("log")
-
-    def _is_finite(self, steps: int) -> bool:
-        """Whether the last gradient was; raises where too many in a row, or all of a fit, were not.
-
-        What fails is not saved, so that a checkpoint from before it stays.
-        """
-        in_a_row = int(self.update.counts[2].item())
-        if in_a_row >= NON_FINITE_LIMIT or 1 < steps <= in_a_row:
-            saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
-            raise NonFiniteError(
-                f"the gradient was not finite for {in_a_row} steps in a row, up to step "
-                f"{self.step}; those steps changed nothing"
-                + (f"; the last good checkpoint is {saved[0]}" if saved else "")
-                + ". Lower the learning rate, or look for NaN in data and network output"
-            )
-        return in_a_row == 0
 
     def _emit(self, event: str) -> None:
         for callback in self.callbacks:
@@ -309,27 +304,8 @@ class Trainer:
     def config(self) -> dict[str, Any]:
         """What must agree for a run to be resumed."""
         if self._config is None:
-            self._config = self._describe()
+            self._config = configuration(self)
         return self._config
-
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "objective": describe(self.objective),
-            "network": self.metadata["network"] or type(self.net).__name__,
-            "averages": describe(self.averages),
-            "optimizer": type(self.optimizer).__name__,
-            "param_groups": [
-                {k: describe(v) for k, v in group.items() if k not in ("params", "lr")}
-                for group in self.optimizer.param_groups
-            ],
-            "lr": self.base_lr,
-            "lr_schedule": describe(self._lr_schedule),
-            "max_grad_norm": _number(self.update.max_grad_norm),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "precision": self.stepper.precision,
-            "data": self.source.describe(),
-        }
 
     def save(self, directory: str | Path | None = None) -> Path:
         """Write a checkpoint to `directory`, default the run's, and wait until it is complete.
@@ -364,8 +340,3 @@ class Trainer:
                 f"{verb} needs a directory: Trainer(directory=...) or {verb}(directory)"
             )
         return run
-
-
-def _number(value: float | None) -> float | None:
-    """None for infinity, which JSON does not have."""
-    return None if value is None or math.isinf(value) else value

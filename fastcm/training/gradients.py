@@ -1,0 +1,220 @@
+"""Loss and gradients of a batch: eager or compiled, whichever is faster; whole or in parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastcm.objectives.base import Batch, Network, Objective
+from fastcm.rng import NoiseKey
+
+Compile = Literal["auto", "regional"] | bool
+Precision = Literal["fp32", "bf16"]
+
+# Compiling forward and backward takes tens of seconds on a small machine, so "auto" does not try
+# where the whole run is not worth more than a few times that.
+_WORTH_COMPILING_S = 120.0
+_TIMED_STEPS = 5
+_WARMUP = 2
+
+
+class Gradients:
+    """Computes loss and gradients of a batch; noise, times and network in one function.
+
+    Args:
+        net: the student.
+        objective: the method.
+        target_net: the average that serves as target, or None.
+        precision: "fp32", or "bf16": the networks run under autocast and see bfloat16 inputs; the
+            arithmetic around them stays float32.
+        compile: True, False, "auto": time both at the first step and keep the faster, or
+            "regional": compile the repeated blocks of the networks, which is quicker to do for a
+            deep one.
+        accumulate: micro-batches that a batch is cut into. Noise and times are those of the
+            whole batch, gradients too, to rounding.
+        log: receives one line about the choice that "auto" made.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        target_net: nn.Module | None,
+        *,
+        precision: Precision = "fp32",
+        compile: Compile = "auto",
+        accumulate: int = 1,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        if compile not in ("auto", "regional", True, False):
+            raise ValueError(f"compile must be 'auto', 'regional', True or False, got {compile!r}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be >= 1, got {accumulate}")
+        self.net = net
+        self.objective = objective
+        self.target_net = target_net
+        self.precision = precision
+        self.accumulate = accumulate
+        self._log = log
+        if compile == "regional":
+            compile_blocks(net)
+            if target_net is not None:
+                compile_blocks(target_net)
+        elif compile and self.masks_are_shared:
+            if compile is True:
+                raise ValueError(
+                    "student and target share weights and dropout masks, which compiled code does "
+                    "not keep: give compile=False, or a network without dropout"
+                )
+            compile = False
+        self.compiled: bool | None = None if compile == "auto" else compile is True
+        self._compiled_loss: Callable[..., Tensor] = torch.compile(self._loss)
+        self._warm = 0
+        self._parameters = [p for p in net.parameters() if p.requires_grad]
+
+    @property
+    def masks_are_shared(self) -> bool:
+        """Whether the target is the student itself, and must drop the same activations."""
+        drops = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
+        return drops and getattr(self.objective, "shares_weights", False)
+
+    def __call__(
+        self, x0: Tensor, cond: Tensor | None, key: NoiseKey, *, remaining: int = 1
+    ) -> Tensor:
+        """Add the gradients of the mean loss to the parameters; returns the loss, detached.
+
+        Args:
+            x0, cond: the batch, on the device.
+            key: its noise.
+            remaining: how many steps the run still has; decides whether compiling can pay.
+        """
+        if self.compiled is None:
+            self.compiled = self._choose(x0, cond, key, remaining)
+        return self._run(self.compiled, x0, cond, key)
+
+    def _run(self, compiled: bool, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> Tensor:
+        if not compiled:
+            return self._backward(self._loss, x0, cond, key)
+        self._warm += 1
+        if self._warm <= _WARMUP:
+            return self._backward(self._compiled_loss, x0, cond, key)
+        # every shape has been seen: another compilation would be a mistake that costs minutes
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return self._backward(self._compiled_loss, x0, cond, key)
+
+    def _backward(
+        self, loss: Callable[..., Tensor], x0: Tensor, cond: Tensor | None, key: NoiseKey
+    ) -> Tensor:
+        if self.accumulate == 1:
+            value = loss(x0, cond, key.tensor)
+            value.backward()  # type: ignore[no-untyped-call]
+            return value.detach()
+        count, ragged = divmod(len(x0), self.accumulate)
+        if ragged:
+            raise ValueError(f"{len(x0)} samples do not make {self.accumulate} equal micro-batches")
+        total = torch.zeros((), device=x0.device)
+        at = key.tensor.clone()
+        for rows in range(0, len(x0), count):
+            part = None if cond is None else cond[rows : rows + count]
+            value = loss(x0[rows : rows + count], part, at) / self.accumulate
+            value.backward()  # type: ignore[no-untyped-call]
+            total += value.detach()
+            at = at.clone()  # the noise of row i is that of row i of the whole batch
+            at[2] += count
+        return total
+
+    def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Tensor:
+        bf16 = self.precision == "bf16"
+        batch = Batch(
+            x0,
+            NoiseKey.wrap(key),
+            cond,
+            input_dtype=torch.bfloat16 if bf16 else torch.float32,
+        )
+        target_net = self.target_net
+        net: Network = self.net
+        if bf16:
+            net = _autocast(self.net, x0.device.type)
+            target_net_: Network | None = target_net and _autocast(target_net, x0.device.type)
+        else:
+            target_net_ = target_net
+        return self.objective.loss(net, batch, target_net_).mean
+
+    def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
+        with _undone(self.net, self._parameters, x0.device):
+            eager = self._time(False, x0, cond, key)
+            if remaining * eager < _WORTH_COMPILING_S:
+                self._log(
+                    f"compile: off, {remaining} steps of {1e3 * eager:.1f} ms "
+                    "are too few to pay for compiling"
+                )
+                return False
+            try:
+                compiled = self._time(True, x0, cond, key)
+            except Exception as error:  # no compiler, or a network it cannot take
+                self._log(f"compile: off, it failed: {type(error).__name__}: {error!s:.200}")
+                return False
+        chosen = compiled < eager
+        self._log(
+            f"compile: {'on' if chosen else 'off'}, "
+            f"{1e3 * compiled:.1f} ms compiled, {1e3 * eager:.1f} ms eager"
+        )
+        return chosen
+
+    def _time(self, compiled: bool, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> float:
+        """Seconds a step, the median of a few after one to warm up."""
+        seconds = []
+        for _ in range(1 + _TIMED_STEPS):
+            start = time.perf_counter()
+            self._run(compiled, x0, cond, key)
+            if x0.is_cuda:
+                torch.cuda.synchronize(x0.device)
+            seconds.append(time.perf_counter() - start)
+            for parameter in self._parameters:
+                parameter.grad = None
+        return sorted(seconds[1:])[_TIMED_STEPS // 2]
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Compile the blocks that a network repeats: one compilation serves all of a kind."""
+    for module in net.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            kinds = [type(child) for child in module]
+            for child in module:
+                if kinds.count(type(child)) > 1 and any(True for _ in child.children()):
+                    child.compile()
+
+
+def _autocast(net: nn.Module, device_type: str) -> Network:
+    def call(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        with torch.autocast(device_type, torch.bfloat16):
+            out: Tensor = net(x, t, cond)
+        return out
+
+    return call
+
+
+@contextmanager
+def _undone(net: nn.Module, parameters: list[nn.Parameter], device: torch.device) -> Iterator[None]:
+    """Steps taken inside leave no trace: gradients, buffers and random state are put back."""
+    grads: list[Any] = [p.grad for p in parameters]
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    for p in parameters:
+        p.grad = None
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for p, grad in zip(parameters, grads):
+            p.grad = grad
+        for name, buffer in net.named_buffers():
+            buffer.copy_(buffers[name])

@@ -1,0 +1,304 @@
+"""The training step: rows, noise and gradients of a batch, and when a graph of it is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcm
+from fastcm import ConsistencyDistillation, ConsistencyTraining, FlowMatching, NoiseKey, Trainer
+from fastcm.networks import MLP, DiT
+from fastcm.objectives.base import Loss
+from fastcm.training import graph as graph_module
+from fastcm.training.gradients import Gradients, compile_blocks
+from fastcm.training.graph import Graphed
+
+DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+
+
+def trainer(objective: Any = None, net: nn.Module | None = None, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    net = net or MLP(shape=(3,), width=16, depth=1)
+    options = {"data": DATA, "batch_size": 12, "compile": False, "progress": False, **options}
+    return Trainer(net, objective or ConsistencyTraining(), **options)
+
+
+class Recorder(nn.Module):
+    """A network that keeps what it was called with, and what its dropout left."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inner = MLP(shape=(3,), width=16, depth=1)
+        self.dropout = nn.Dropout(dropout)
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        self.calls.append((x.detach().clone(), t.clone()))
+        scale = self.dropout(torch.ones(len(x), 3))
+        self.kept.append(scale > 0)
+        out: Tensor = self.inner(x, t) * scale
+        return out
+
+
+def teacher() -> MLP:
+    torch.manual_seed(3)
+    net = MLP(shape=(3,), width=16, depth=1)
+    nn.init.normal_(list(net.parameters())[-1])
+    return net
+
+
+@pytest.mark.parametrize(
+    "make", [FlowMatching, ConsistencyTraining, lambda: ConsistencyDistillation(teacher())]
+)
+def test_micro_batches_have_the_gradient_noise_and_parameters_of_the_whole(
+    make: Callable[[], Any],
+) -> None:
+    whole, parts = Recorder(), Recorder()
+    parts.load_state_dict(whole.state_dict())
+    a = trainer(make(), whole).fit(1)
+    b = trainer(make(), parts, accumulate=4).fit(1)
+    students = [call for call in parts.calls if call[0].requires_grad or len(call[0]) == 3]
+    assert len(students) % 4 == 0
+    xs, ts = (torch.cat(c) for c in zip(*students))
+    assert all(torch.equal(x, y) for x, y in zip((xs, ts), whole.calls[-1]))
+    a.fit(10)
+    b.fit(10)
+    for p, q in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(12, 5), (12, 0), (8, 3)])
+def test_a_batch_that_does_not_divide_is_refused(batch: int, accumulate: int) -> None:
+    with pytest.raises(ValueError, match="accumulate"):
+        trainer(batch_size=batch, accumulate=accumulate)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConsistencyTraining(target_average=None),
+        lambda: ConsistencyDistillation(teacher(), target_average=None),
+    ],
+)
+def test_a_student_that_is_its_own_target_sees_the_same_dropout_mask(
+    make: Callable[[], Any],
+) -> None:
+    net = Recorder(dropout=0.5)
+    t = trainer(make(), net)
+    assert len(t.averages) == 1  # no average for a target
+    t.fit(3)
+    pairs = list(zip(net.kept[::2], net.kept[1::2]))
+    assert len(pairs) == 3 and all(torch.equal(target, student) for target, student in pairs)
+    assert not torch.equal(pairs[0][0], pairs[1][0])
+    assert all(0 < mask.float().mean() < 1 for mask, _ in pairs)
+
+
+def test_an_average_as_target_needs_no_shared_mask() -> None:
+    net = Recorder(dropout=0.5)
+    t = trainer(ConsistencyTraining(), net)
+    t.fit(1)
+    assert len(net.kept) == 1  # the target is another module, in eval mode
+
+
+def test_shared_masks_are_not_compiled() -> None:
+    objective = ConsistencyTraining(target_average=None)
+    with pytest.raises(ValueError, match="dropout masks, which compiled code does not keep"):
+        trainer(objective, Recorder(dropout=0.5), compile=True)
+    assert trainer(objective, Recorder(dropout=0.5), compile="auto").gradients.compiled is False
+    assert trainer(objective, Recorder(), compile="auto").gradients.compiled is None
+
+
+def test_the_student_as_target_gets_no_gradient_through_it() -> None:
+    net = Recorder()
+    loss: Loss = ConsistencyTraining(target_average=None, discretization=2).loss(
+        net, fastcm.Batch(DATA[:8], NoiseKey(1))
+    )
+    loss.mean.backward()
+    frozen = copy.deepcopy(net).requires_grad_(False)
+    other = Recorder()
+    other.load_state_dict(net.state_dict())
+    ConsistencyTraining(discretization=2).loss(
+        other, fastcm.Batch(DATA[:8], NoiseKey(1)), frozen
+    ).mean.backward()
+    for p, q in zip(net.parameters(), other.parameters()):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_regional_compilation_trains_like_eager_code() -> None:
+    data = torch.randn(16, 2, 4, 4)
+    runs = []
+    for compile in (False, "regional"):
+        torch.manual_seed(0)
+        net = DiT(2, 4, width=24, depth=3, num_heads=2)
+        t = trainer(FlowMatching(), net, data=data, batch_size=4, compile=compile).fit(3)
+        runs.append(torch.cat([p.detach().flatten() for p in t.net.parameters()]))
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
+def test_regional_compilation_finds_the_blocks_that_repeat() -> None:
+    net = DiT(2, 4, width=24, depth=3, num_heads=2)
+    compile_blocks(net)
+    compiled = [n for n, m in net.named_modules() if m._compiled_call_impl is not None]
+    assert len(compiled) == 3 and {type(net.get_submodule(n)).__name__ for n in compiled} == {
+        "Block"
+    }
+
+
+def test_a_recompilation_in_the_middle_of_a_run_is_an_error() -> None:
+    g = Gradients(MLP(shape=(3,), width=8, depth=1), FlowMatching(), None, compile=True)
+    key = NoiseKey(0)
+    for _ in range(3):
+        g(DATA[:8], None, key)
+    with pytest.raises(RuntimeError, match="recompile"):
+        g(DATA[:9].double(), None, key)
+
+
+def test_metrics_name_what_is_scheduled() -> None:
+    curriculum = fastcm.schedules.ICTCurriculum(100, s0=10, s1=40)
+    t = trainer(ConsistencyTraining(discretization=curriculum), log_every=1)
+    t.fit(5)
+    m = t.metrics
+    assert m["step"] == 5 and m["skipped"] == 0 and m["lr"] == 1e-3
+    assert m["intervals"] == curriculum.points(torch.tensor(4)).item() - 1
+    assert m["ema_0"] == pytest.approx(5 / 14) and m["ema_1"] == 0.9
+    assert m["grad_norm"] > 0 and m["memory_mb"] > 10 and m["loss"] > 0
+
+
+def test_a_graph_is_refused_where_there_is_none() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="a CUDA graph needs a GPU"):
+            trainer(graph="step")
+    with pytest.raises(ValueError, match="graph must be 'auto', 'step' or 'off', got 'on'"):
+        trainer(graph="on")
+
+
+class FakeGraph:
+    """Stands for torch.cuda.CUDAGraph: a replay does what the captured call did."""
+
+    work: Callable[[], Tensor]
+    capturing = False
+
+    def replay(self) -> None:
+        type(self).work()
+
+    def reset(self) -> None:
+        pass
+
+
+class FakeStream:
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capture(graph: FakeGraph, **options: Any) -> Any:
+        FakeGraph.capturing = True
+        try:
+            yield
+        finally:
+            FakeGraph.capturing = False
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+def graphed(seconds: list[float], lines: list[str], **options: Any) -> tuple[Graphed, list[int]]:
+    """A step that counts itself, under a clock that goes by `seconds`."""
+    net = nn.Linear(1, 1)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    taken = [0, 0]  # steps, captures
+
+    def work() -> Tensor:
+        taken[FakeGraph.capturing] += 1
+        return torch.tensor(float(taken[0]))
+
+    FakeGraph.work = staticmethod(work)  # type: ignore[method-assign]
+    moved: list[bool] = options.pop("moved", [])
+    made = Graphed(
+        work,
+        lambda: moved.pop(0) if moved else False,
+        options.pop("net", net),
+        torch.device("cpu"),
+        must=options.pop("must", False),
+        log=lines.append,
+    )
+    ticks = iter(seconds)
+    made._clock = lambda: next(ticks)  # type: ignore[method-assign]
+    return made, taken
+
+
+def test_every_call_is_one_step_before_and_after_the_capture(fake_cuda: None) -> None:
+    lines: list[str] = []
+    step, taken = graphed([0.0, 1.0, 1.0, 1.5], lines)
+    for count in range(1, 41):
+        step()
+        assert taken[0] == count
+    assert taken[1] == 1
+    assert lines == ["graph: on, 100.00 ms replayed, 200.00 ms launched one by one"]
+
+
+def test_a_graph_that_is_not_faster_is_dropped(fake_cuda: None) -> None:
+    lines: list[str] = []
+    step, taken = graphed([0.0, 1.0, 1.0, 2.0], lines)
+    for count in range(1, 41):
+        loss = step()
+        assert taken[0] == count
+    assert loss == 40 and lines[0].startswith("graph: off, 200.00 ms replayed")
+    forced, taken = graphed([0.0, 1.0, 1.0, 2.0], lines, must=True)
+    for _ in range(40):
+        forced()
+    assert taken == [40, 1] and lines[1].startswith("graph: on")
+
+
+def test_a_graph_is_captured_again_when_memory_moved(fake_cuda: None) -> None:
+    # one answer after the capture, then one before each replay
+    step, taken = graphed([0.0, 1.0, 1.0, 1.5], [], moved=[True, False, False, True, True])
+    for count in range(1, 31):
+        step()
+        assert taken[0] == count
+    assert taken[1] == 2
+
+
+def test_parameters_without_gradient_keep_a_step_out_of_a_graph(fake_cuda: None) -> None:
+    net = nn.Linear(1, 1)
+    lines: list[str] = []
+    step, taken = graphed([0.0, 1.0], lines, net=net)
+    for _ in range(30):
+        step()
+    assert taken == [30, 0] and lines == [
+        "graph: off, no gradient reaches weight, bias, which a graph would never update"
+    ]
+    must, _ = graphed([0.0, 1.0], lines, net=net, must=True)
+    with pytest.raises(
+        ValueError, match="graph='step' is not possible: no gradient reaches weight"
+    ):
+        for _ in range(30):
+            must()
+
+
+def test_a_failed_capture_leaves_the_run_eager(
+    fake_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def refuse(graph: FakeGraph, **options: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(graph_module.torch.cuda, "graph", refuse)
+    lines: list[str] = []
+    step, taken = graphed([0.0, 1.0], lines)
+    for _ in range(30):
+        step()
+    assert taken == [30, 0] and "it failed: RuntimeError: operation not permitted" in lines[0]
