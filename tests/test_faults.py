@@ -44,6 +44,7 @@ class Server:
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self.told: list[str] = []
+        self._running = 0
         self.until("listening")
 
     def _read(self) -> None:
@@ -54,11 +55,19 @@ class Server:
     def start(self, directory: Path, steps: int, **options: Any) -> int:
         """Start a run up to a step; returns its process."""
         assert self._process.stdin is not None
+        self._end()
         self.told = []
         job = {"directory": str(directory), "steps": steps, **options}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return int(self.until("started"))
+        self._running = int(self.until("started"))
+        return self._running
+
+    def _end(self) -> None:
+        """Kill what a test that failed has left running."""
+        if self._running:
+            os.kill(self._running, signal.SIGKILL)
+            self.until("ended")
 
     def until(self, word: str) -> str:
         """Wait for a line that begins with a word; returns the rest."""
@@ -66,6 +75,8 @@ class Server:
             line = self._lines.get(timeout=60)
             self.told.append(line)
             first, _, rest = line.partition(" ")
+            if first == "ended":
+                self._running = 0
             if first == word:
                 return rest
 
@@ -77,6 +88,7 @@ class Server:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        self._end()
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
@@ -118,12 +130,14 @@ def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(
         newest = max(found, default=0)
         assert newest >= announced, "a complete checkpoint was lost"
         wanted = set(range(25, newest + 1, 25))
-        assert wanted <= found.keys() and len(found.keys() - wanted) <= 3, (newest, found)
+        assert wanted <= found.keys(), "a checkpoint to keep for ever was dropped"
         resumed_at += bool(ready and ready[0])
     assert resumed_at >= kills // 2, "too few of the runs got as far as to resume"
 
     steps = max(map(step_of, list_checkpoints(run)), default=0) + 10
     assert server.run(run, steps, save_every=3, keep=2, keep_every=25)[-2] == f"done {steps}"
+    newest = {steps, max((steps - 1) // every * every for every in (3, 25))}
+    assert set(map(step_of, list_checkpoints(run))) == newest | set(range(25, steps + 1, 25))
     assert server.run(tmp_path / "straight", steps)[-2] == f"done {steps}"
     killed, straight = (list_checkpoints(tmp_path / name)[0] for name in ("killed", "straight"))
     assert step_of(killed) == step_of(straight) == steps
