@@ -7,6 +7,9 @@ and SHA-256; a checkpoint that does not agree with it counts as damaged. Nothing
     RUN/run.json                       the configuration
     RUN/checkpoints/step_000000250/    state.json, model.safetensors, optimizer.safetensors, ...
     RUN/latest                         name of the newest checkpoint; moves last
+    RUN/.lock                          held by the process that trains
+
+Order is that of the step numbers in the names: no clock is asked.
 """
 
 from __future__ import annotations
@@ -14,16 +17,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
+
+from fastcm.files import (
+    WRITING,
+    clear,
+    discard,
+    read_state,
+    read_tensors,
+    sync_directory,
+    write,
+    write_tensors,
+)
+from fastcm.files import CheckpointError as CheckpointError
+from fastcm.files import replace_file as replace_file
 
 FORMAT = 2
 RUN_STATE = (
@@ -34,12 +48,8 @@ RUN_STATE = (
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 STATE = "state.json"
-_TEMPORARY = ".writing-"
-_MAX_STATE_BYTES = 16 * 2**20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint, or every checkpoint of a run, cannot be read."""
+_NAME = re.compile(r"step_(\d+)(\.old)?")
+_MAX_STEP = 2**63
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,11 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 3,
+    keep_every: int = 0,
 ) -> Path:
     """Write checkpoint `step` of a run, atomically, and drop all but the newest `keep`.
+
+    At most one process may save into a run at a time, see `fastcm.training.lock`.
 
     Args:
         run: the run directory; created if absent.
@@ -67,36 +80,33 @@ def save(
         groups: named groups of tensors; one safetensors file each.
         state: JSON-able; stored beside them.
         keep: >= 1.
+        keep_every: those of every so many steps are kept for ever; 0: none.
 
     Raises:
         OSError: the disk is full or not writable; the run's earlier checkpoints are untouched.
     """
     parent = run / CHECKPOINTS
     final = parent / f"step_{step:09d}"
-    temporary = parent / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    temporary = parent / f"{WRITING}{final.name}-{os.getpid()}"
+    old = final.with_name(f"{final.name}.old")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for left_over in parent.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        clear(parent)
         temporary.mkdir()
         files = {}
         for name, tensors in groups.items():
-            data = safetensors.torch.save(_unshared(tensors))
-            _write(temporary / f"{name}.safetensors", data)
-            files[f"{name}.safetensors"] = {
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
+            files[f"{name}.safetensors"] = write_tensors(temporary / f"{name}.safetensors", tensors)
         body = {"format": FORMAT, "step": step, "files": files, **state}
-        _write(temporary / STATE, json.dumps(body, indent=1).encode())
-        _sync_directory(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        write(temporary / STATE, json.dumps(body, indent=1).encode())
+        sync_directory(temporary)
+        if final.exists() or final.is_symlink():  # aside, not gone: one is there at any instant
+            discard(old)
+            final.rename(old)
         temporary.rename(final)
-        _sync_directory(parent)
+        sync_directory(parent)
         replace_file(run / LATEST, f"{final.name}\n".encode())
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _withdraw(parent)
         kept = list_checkpoints(run)
         raise OSError(
             error.errno,
@@ -104,20 +114,59 @@ def save(
             + (f"the last good one is {kept[0]}" if kept else "the run has no checkpoint yet"),
         ) from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _withdraw(parent)
         raise
-    complete = list_checkpoints(run)
-    # a later step than the one just saved was passed over as damaged when the run was resumed
-    stale = [path for path in complete if path.name > final.name]
-    for old in stale + [path for path in complete if path not in stale][keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _retire(run, step, keep, keep_every)
     return final
+
+
+def _withdraw(parent: Path) -> None:
+    try:
+        clear(parent)
+    except OSError:  # the error that led here is the one to report
+        return
+
+
+def _retire(run: Path, step: int, keep: int, keep_every: int) -> None:
+    """Drop what is neither among the newest `keep` nor of a step to keep for ever."""
+    for old in (run / CHECKPOINTS).glob("step_*.old"):
+        if old.with_suffix("").exists():
+            discard(old)
+    complete = list_checkpoints(run)
+    for path in [p for p in complete if step_of(p) <= step][keep:]:
+        if not keep_every or step_of(path) % keep_every:
+            discard(path)
+    # a later one was passed over as damaged when the run was resumed; an intact one is not lost
+    for path in [p for p in complete if step_of(p) > step]:
+        if not is_intact(path):
+            discard(path)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint directory."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not the name of a checkpoint")
+    return int(match[1])
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoint directories of a run, newest first."""
-    found = (run / CHECKPOINTS).glob("step_*")
-    return sorted((p for p in found if p.is_dir()), key=lambda p: p.name, reverse=True)
+    found: dict[int, Path] = {}
+    # "step_5" comes before "step_5.old", which stands in while step 5 is saved anew
+    for path in sorted((run / CHECKPOINTS).glob("step_*")):
+        if _NAME.fullmatch(path.name) and path.is_dir():
+            found.setdefault(step_of(path), path)
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def is_intact(path: Path) -> bool:
+    """Whether `load` would read a checkpoint."""
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ()) -> Checkpoint:
@@ -132,11 +181,10 @@ def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ())
         CheckpointError: a file is missing, truncated, altered or not what it claims to be.
     """
     try:
-        size = (path / STATE).stat().st_size
-        if size > _MAX_STATE_BYTES:
-            raise CheckpointError(f"{path / STATE} has {size} bytes, more than a state file can")
-        state = json.loads((path / STATE).read_text())
-        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link: a checkpoint is a directory")
+        state = read_state(path / STATE)
+        if not isinstance(state.get("files"), dict):
             raise CheckpointError(f"{path / STATE} is not a checkpoint's state")
         lacking = [name for name in ("step", *requires) if name not in state]
         if lacking:
@@ -145,16 +193,19 @@ def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ())
             raise CheckpointError(
                 f"{path} is of format {state.get('format')!r}, this version reads {FORMAT}"
             )
+        step = state["step"]
+        if type(step) is not int or not 0 <= step < _MAX_STEP:
+            raise CheckpointError(f"{path / STATE} names step {step!r:.100}, which is none")
         groups = {}
         for name, entry in state["files"].items():
             group = name.removesuffix(".safetensors")
-            if group == name or Path(name).name != name:
+            if group == name or Path(name).name != name or "\\" in name:
                 raise CheckpointError(f"{path / STATE} names {name!r}, which is no file of its own")
             if only is None or group in only:
-                groups[group] = _read_group(path / name, entry)
+                groups[group] = read_tensors(path / name, entry)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     return Checkpoint(path, state, groups)
 
@@ -180,56 +231,6 @@ def load_newest(
     raise CheckpointError(
         f"every checkpoint of {run} is damaged: " + "; ".join(str(e) for e in errors)
     )
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it holds either the old bytes or all the new ones."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    try:
-        _write(temporary, data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, each with memory of its own: the format takes no tied weights."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        address = own.untyped_storage().data_ptr()
-        found[name] = own.clone() if address in seen else own
-        seen.add(address)
-    return found
-
-
-def _read_group(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    data = path.read_bytes()
-    if len(data) != entry["bytes"]:
-        raise CheckpointError(f"{path} has {len(data)} bytes instead of {entry['bytes']}")
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise CheckpointError(f"{path} was altered: its SHA-256 differs from {STATE}")
-    return safetensors.torch.load(data)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name != "posix":  # a directory cannot be opened elsewhere
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,8 +90,14 @@ def train(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one")] = None,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: at the end")] = 500,
     keep: Annotated[int, typer.Option(help="checkpoints to keep")] = 3,
+    keep_every: Annotated[
+        int, typer.Option(help="steps between checkpoints to keep for ever; 0: none")
+    ] = 0,
     sample_every: Annotated[int, typer.Option(help="steps between pictures of samples")] = 0,
     log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 50,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write the metrics for TensorBoard, too")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
 ) -> None:
     """Train a network; the run can be interrupted at any time and continued with --resume."""
@@ -106,6 +113,8 @@ def train(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         save_every=save_every,
         keep=keep,
+        keep_every=keep_every,
+        tensorboard=tensorboard,
         log_every=log_every,
         callbacks=callbacks,
     )
@@ -113,7 +122,22 @@ def train(
         trainer.load()
         console.print(f"resumed {out} at step {trainer.step}", highlight=False)
     trainer.fit(max(steps - trainer.step, 0))
+    if trainer.interrupted is not None and trainer.step < steps:
+        name, step = trainer.interrupted.name, trainer.step
+        print(f"{out}: stopped by {name} at step {step}, continue with: {_resuming(sys.argv)}")
+        return
     console.print(f"{out}: {trainer.step} steps, {trainer.metrics or 'nothing left to do'}")
+
+
+def _resuming(command: list[str]) -> str:
+    """The command line that continues the one given."""
+    program, *arguments = command
+    if Path(program).name == "__main__.py":
+        start = [sys.executable, "-m", "fastcm"]
+    else:
+        start = [program]
+    more = [] if "--resume" in arguments else ["--resume"]
+    return shlex.join([*start, *arguments, *more])
 
 
 @app.command()

@@ -95,4 +95,8 @@ def _train(recipe: Recipe, directory: Path, console: Console) -> Trainer:
     if open_run(directory, dataclasses.asdict(recipe), resume=True):
         trainer.load()
         console.print(f"{directory}: continues at step {trainer.step}", highlight=False)
-    return trainer.fit(max(recipe.steps - trainer.step, 0))
+    trainer.fit(max(recipe.steps - trainer.step, 0))
+    if trainer.interrupted is not None:
+        console.print(f"{directory}: stopped at step {trainer.step}, the same command continues")
+        raise SystemExit(0)
+    return trainer

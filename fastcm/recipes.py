@@ -19,6 +19,7 @@ from fastcm.optim import AdamW
 from fastcm.parameterization import Parameterization
 from fastcm.sampler import Sampler
 from fastcm.training import Trainer, warmup_cosine
+from fastcm.training.lock import RunLock
 from fastcm.training.trainer import Callback
 
 RUN_FILE = "run.json"
@@ -260,11 +261,17 @@ def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> b
 
     Raises:
         FileExistsError: the directory holds a run and `resume` is False.
+        BlockingIOError: another process trains in it.
         ValueError: it holds a run of other settings.
     """
-    path = directory / RUN_FILE
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, not a directory for a run")
+    with RunLock(directory):
+        return _open_run(directory, settings, resume)
+
+
+def _open_run(directory: Path, settings: Mapping[str, Any], resume: bool) -> bool:
+    path = directory / RUN_FILE
     used = path.exists() or checkpoint.list_checkpoints(directory)
     if used and not resume:
         raise FileExistsError(
@@ -281,7 +288,6 @@ def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> b
         if changed:
             raise ValueError(f"{directory} is a run of other settings: " + "; ".join(changed))
     elif not used:  # beside checkpoints it would claim settings that nobody has checked
-        directory.mkdir(parents=True, exist_ok=True)
         checkpoint.replace_file(path, json.dumps(settings, indent=1).encode())
     return bool(checkpoint.list_checkpoints(directory))
 

@@ -24,6 +24,7 @@ from fastcm.optim import backends, one_sweep
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of random inputs; default: fresh in each run")
+    parser.addoption("--kills", type=int, default=20, help="of the run in test_faults")
 
 
 def pytest_configure(config: pytest.Config) -> None:

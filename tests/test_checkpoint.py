@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,51 @@ def test_tensors_that_do_not_fit_are_named() -> None:
             {"a": torch.zeros(2), "c": torch.zeros(1)},
             {"a": torch.zeros(3), "b": torch.zeros(1)},
         )
+
+
+def test_saving_a_step_anew_never_leaves_a_moment_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, GROUPS, {"note": "first"})
+    seen: list[str] = []
+    for name in ("rename", "replace", "rmdir", "unlink"):
+        real = getattr(os, name)
+
+        def look(*args: object, real: Callable[..., object] = real, **options: object) -> object:
+            result = real(*args, **options)
+            seen.append(load_newest(tmp_path)[0].state["note"])
+            return result
+
+        monkeypatch.setattr(os, name, look)
+    save(tmp_path, 1, GROUPS, {"note": "second"})
+    monkeypatch.undo()
+    assert seen[0] == "first" and seen[-1] == "second" and len(seen) >= 4
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
+
+
+def test_the_one_set_aside_stands_in_if_saving_a_step_anew_was_interrupted(tmp_path: Path) -> None:
+    path = save(tmp_path, 7, GROUPS, {})
+    aside = path.rename(path.with_name(f"{path.name}.old"))
+    assert checkpoint.list_checkpoints(tmp_path) == [aside]
+    assert load_newest(tmp_path)[0].state["step"] == 7
+    save(tmp_path, 7, GROUPS, {})
+    save(tmp_path, 8, GROUPS, {})
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_000000007", "step_000000008"}
+
+
+def test_a_later_checkpoint_that_is_intact_is_not_lost(tmp_path: Path) -> None:
+    for step in (10, 20, 15):
+        save(tmp_path, step, GROUPS, {}, keep=1)
+    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [20, 15]
+
+
+def test_order_is_that_of_numbers_and_other_directories_are_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "checkpoints" / "step_best"
+    mine.mkdir(parents=True)
+    for step in (999_999_999, 1_000_000_000):
+        save(tmp_path, step, GROUPS, {}, keep=1)
+    steps = [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)]
+    assert steps == [1_000_000_000] and mine.is_dir()
+    with pytest.raises(ValueError, match="step_best is not the name of a checkpoint"):
+        checkpoint.step_of(mine)

@@ -16,11 +16,12 @@ import fastcm
 ROOT = Path(__file__).resolve().parent.parent
 
 MATHS = {"rng", "paths", "parameterization", "schedules", "losses", "ema", "reference"}
-BASE = {"checkpoint", "description", "networks"}
+BASE = {"checkpoint", "description", "files", "networks"}
 ALLOWED = {
     "kernels": set(),
     **{name: MATHS for name in MATHS},
-    "checkpoint": set(),
+    "files": set(),
+    "checkpoint": {"files"},
     "description": {"checkpoint", "paths", "parameterization"},
     "networks": set(),
     "datasets": set(),

@@ -202,6 +202,8 @@ def test_averages_are_put_back_after_an_exception_and_never_trained(backend: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_copies_are_written_by_the_update(dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("the interpreter truncates bfloat16")
     net = network()
     net[3].requires_grad_(False)
     trained = [p for p in net.parameters() if p.requires_grad]

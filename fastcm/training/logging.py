@@ -14,16 +14,30 @@ import torch
 from torch import Tensor
 
 from fastcm.checkpoint import replace_file
+from fastcm.training.tensorboard import Scalars
 
 
 class MetricsFile:
-    """Appends one JSON object a line to `path`; None writes nothing."""
+    """Appends one JSON object a line to metrics.jsonl in a run; None writes nothing.
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    Args:
+        run: the directory.
+        tensorboard: write them for TensorBoard, too.
+
+    Raises:
+        ValueError, ImportError: `tensorboard` without a directory, or without that package.
+    """
+
+    def __init__(self, run: Path | None, *, tensorboard: bool = False) -> None:
+        if tensorboard and run is None:
+            raise ValueError("tensorboard=True needs a run directory: directory=...")
+        self.path = run and run / "metrics.jsonl"
+        self._scalars = Scalars(run / "tensorboard") if tensorboard and run else None
 
     def drop_after(self, step: int) -> None:
         """Forget the lines of later steps and a torn last line: a resumed run repeats them."""
+        if self._scalars is not None:
+            self._scalars.drop_after(step)
         if self.path is None or not self.path.exists():
             return
         kept = []
@@ -36,6 +50,8 @@ class MetricsFile:
         replace_file(self.path, "".join(kept).encode())
 
     def write(self, metrics: dict[str, Any]) -> None:
+        if self._scalars is not None:
+            self._scalars.write(metrics)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm import checkpoint
-from fastcm.data import DeviceData, as_source
+from fastcm.data import as_source
 from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.rng import NoiseKey
 from fastcm.schedules import intervals
-from fastcm.training.checkpoint import read, write
+from fastcm.training.checkpoint import read
+from fastcm.training.checks import check_classes, check_teacher
+from fastcm.training.configuration import configuration
+from fastcm.training.finite import NON_FINITE_LIMIT, is_finite
 from fastcm.training.gradients import Compile, Gradients, Precision
+from fastcm.training.interrupt import StopSignals
 from fastcm.training.logging import MetricsFile, Progress, Rate, Reading, peak_memory
 from fastcm.training.lr import Schedule, constant
+from fastcm.training.saving import Saving
 from fastcm.training.step import Graph, Step
 from fastcm.training.update import update
 
 Callback = Callable[["Trainer", str], None]
-
-NON_FINITE_LIMIT = 20
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient was not finite for many steps in a row."""
 
 
 class Trainer:
@@ -61,13 +59,21 @@ class Trainer:
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
         keep: how many checkpoints to keep.
+        keep_every: one of every so many steps is saved, too, and kept for ever; 0: none.
         log_every: steps between metrics.
         progress: show a bar where there is a terminal.
-        callbacks: called as callback(trainer, event), event "step", "log" or "save".
+        tensorboard: write the metrics to directory/tensorboard, too.
+        callbacks: called as callback(trainer, event), event "step", "log" or "save": then
+            `trainer.saved` is a checkpoint that has become complete on the disk.
         log: receives lines of text; default standard error.
+
+    Attributes:
+        interrupted: the signal that ended the last `fit` early, or None.
+        saved: the newest checkpoint that this trainer wrote, or None.
 
     Raises:
         ValueError, TypeError: an argument out of range, data that is empty or of the wrong form.
+        ImportError: tensorboard=True without that package.
     """
 
     def __init__(
@@ -90,7 +96,9 @@ class Trainer:
         directory: str | Path | None = None,
         save_every: int = 0,
         keep: int = 3,
+        keep_every: int = 0,
         log_every: int = 50,
+        tensorboard: bool = False,
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
         log: Callable[[str], None] | None = None,
@@ -99,6 +107,7 @@ class Trainer:
             ("batch_size", batch_size, 1),
             ("save_every", save_every, 0),
             ("keep", keep, 1),
+            ("keep_every", keep_every, 0),
             ("log_every", log_every, 1),
         ):
             if value < least:
@@ -114,18 +123,18 @@ class Trainer:
         teacher = getattr(objective, "teacher", None)
         if isinstance(teacher, nn.Module):
             teacher.to(self.device)
-            if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
-                raise ValueError(
-                    "the teacher shares parameters with net, and would be trained along: "
-                    "give it a copy, copy.deepcopy(net)"
-                )
+            check_teacher(teacher, net)
         self.batch_size = batch_size
         self.seed = seed
         self.source = as_source(data, seed=seed, device=self.device)
-        _check_classes(net, self.source, objective)
+        check_classes(net, self.source, objective)
         self.key = NoiseKey(seed, device=self.device)
         self.directory = None if directory is None else Path(directory)
         self.save_every, self.keep, self.log_every = save_every, keep, log_every
+        self.keep_every = keep_every
+        self.interrupted: signal.Signals | None = None
+        self.saved: Path | None = None
+        self._saving = Saving(self)
         self.callbacks = tuple(callbacks)
         self.step = 0
         self.metrics: dict[str, Any] = {}
@@ -139,7 +148,7 @@ class Trainer:
             optimizer = AdamW(self._parameters, lr=1e-3, weight_decay=0.0)
         self.optimizer = optimizer
         self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._lr_schedule = lr_schedule
+        self.lr_schedule = lr_schedule
         if averages is None:
             averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
         wanted: tuple[Average, ...] = tuple(averages)
@@ -174,7 +183,7 @@ class Trainer:
             graph=graph,
             log=self.log,
         )
-        self._metrics_file = MetricsFile(self.directory and self.directory / "metrics.jsonl")
+        self._metrics_file = MetricsFile(self.directory, tensorboard=tensorboard)
         self._reading: Reading | None = None
         self._config: dict[str, Any] | None = None
         null = getattr(objective, "null_condition", None)
@@ -199,42 +208,53 @@ class Trainer:
     def fit(self, steps: int) -> Trainer:
         """Train `steps` more steps; saves at the end if there is a run directory.
 
+        Checkpoints are written beside the training; all are complete when this returns. After
+        SIGTERM or SIGINT it finishes the step, saves and returns early, with the signal in
+        `interrupted`; a second one acts at once, as does the first where the program has a handler
+        of its own. See `StopSignals`.
+
         Raises:
             FileExistsError: the directory holds another run; `load` continues it.
+            BlockingIOError: another process trains in the directory.
+            OSError: a checkpoint could not be written; earlier ones are untouched.
             NonFiniteError: the gradient was not finite for 20 steps in a row. Those steps changed
                 nothing; the weights and the last checkpoint are as before.
         """
         if steps < 0:
             raise ValueError(f"steps must be >= 0, got {steps}")
-        if self.directory and self.step == 0 and checkpoint.list_checkpoints(self.directory):
-            raise FileExistsError(
-                f"{self.directory} holds a run already: continue it with load(), or choose "
-                "another directory"
-            )
+        self.interrupted = None
+        if steps == 0:
+            return self
         self.net.train()
         end, rate = self.step + steps, Rate()
         rate.read(self.step)
         title = type(self.objective).__name__
-        with Progress(title, steps, show=self._show and self._log_line is None) as self._progress:
-            while self.step < end:
+        with (
+            Progress(title, steps, show=self._show and self._log_line is None) as self._progress,
+            StopSignals() as signals,
+            self._saving.during_fit(self._metrics_file),
+        ):
+            while self.step < end and self.interrupted is None:
                 loss = self._train_step(end - self.step)
+                self.interrupted = signals.received  # read once a step: all below agree
+                last = self.step == end or self.interrupted is not None
                 self._progress.advance()
                 self._emit("step")
-                if self.step % self.log_every == 0 or self.step == end:
+                if self.step % self.log_every == 0 or last:
                     self._measure(loss, rate)
-                self._report(wait=self.step == end)
-                save = self.directory and (
-                    self.step == end or (self.save_every and self.step % self.save_every == 0)
-                )
-                if save or self.step % NON_FINITE_LIMIT == 0 or self.step == end:
-                    save = self._is_finite(steps) and save
+                save = self._saving.is_due(self.step) or (last and self.directory is not None)
+                self._report(wait=save or last)  # a resumed run does not repeat these steps
+                if save or self.step % NON_FINITE_LIMIT == 0 or last:
+                    save = is_finite(self, steps) and save
                 if save:
-                    self.save()
+                    self._saving.begin()
+                self._saving.tell()
+        self.interrupted = signals.received  # perhaps while the last checkpoint was written
         self._progress = None
         return self
 
     def _train_step(self, remaining: int) -> Tensor:
-        factor = self._lr_schedule(self.step)
+        factor = self.lr_schedule(self.step)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
         loss = self.stepper(self.step, remaining=remaining)
@@ -277,22 +297,6 @@ class Trainer:
             self._progress.report(self.metrics)
         self._emit("log")
 
-    def _is_finite(self, steps: int) -> bool:
-        """Whether the last gradient was; raises where too many in a row, or all of a fit, were not.
-
-        What fails is not saved, so that a checkpoint from before it stays.
-        """
-        in_a_row = int(self.update.counts[2].item())
-        if in_a_row >= NON_FINITE_LIMIT or 1 < steps <= in_a_row:
-            saved = checkpoint.list_checkpoints(self.directory) if self.directory else []
-            raise NonFiniteError(
-                f"the gradient was not finite for {in_a_row} steps in a row, up to step "
-                f"{self.step}; those steps changed nothing"
-                + (f"; the last good checkpoint is {saved[0]}" if saved else "")
-                + ". Lower the learning rate, or look for NaN in data and network output"
-            )
-        return in_a_row == 0
-
     def _emit(self, event: str) -> None:
         for callback in self.callbacks:
             callback(self, event)
@@ -300,70 +304,39 @@ class Trainer:
     def config(self) -> dict[str, Any]:
         """What must agree for a run to be resumed."""
         if self._config is None:
-            self._config = self._describe()
+            self._config = configuration(self)
         return self._config
 
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "objective": describe(self.objective),
-            "network": self.metadata["network"] or type(self.net).__name__,
-            "averages": describe(self.averages),
-            "optimizer": type(self.optimizer).__name__,
-            "param_groups": [
-                {k: describe(v) for k, v in group.items() if k not in ("params", "lr")}
-                for group in self.optimizer.param_groups
-            ],
-            "lr": self.base_lr,
-            "lr_schedule": describe(self._lr_schedule),
-            "max_grad_norm": _number(self.update.max_grad_norm),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "precision": self.gradients.precision,
-            "accumulate": self.gradients.accumulate,
-            "data": self.source.describe(),
-        }
-
     def save(self, directory: str | Path | None = None) -> Path:
-        """Write a checkpoint to `directory`, default the run's; see `fastcm.checkpoint`.
+        """Write a checkpoint to `directory`, default the run's, and wait until it is complete.
 
         Raises:
             ValueError: no directory.
+            BlockingIOError: another process trains in it.
             OSError: it could not be written; earlier checkpoints are untouched.
         """
-        run = Path(directory) if directory is not None else self.directory
-        if run is None:
-            raise ValueError("save needs a directory: Trainer(directory=...) or save(directory)")
-        path = write(self, run)
-        self._emit("save")
-        return path
+        return self._saving.now(self._run("save", directory))
 
     def load(self, directory: str | Path | None = None) -> Trainer:
         """Continue from the newest intact checkpoint of a run; a damaged one is passed over.
+
+        Nothing is written to the directory; a checkpoint that is being written is waited for.
 
         Raises:
             FileNotFoundError: no checkpoint there.
             CheckpointError: all are damaged, or of another network or optimizer.
             ValueError: the run had another configuration; the message lists the differences.
         """
-        run = Path(directory) if directory is not None else self.directory
-        if run is None:
-            raise ValueError("load needs a directory: Trainer(directory=...) or load(directory)")
+        run = self._run("load", directory)
+        self._saving.settle()
         read(self, run)
-        self._metrics_file.drop_after(self.step)
+        self._saving.resumed = True
         return self
 
-
-def _check_classes(net: nn.Module, source: object, objective: Objective) -> None:
-    """A label of num_classes would be the null label, one beyond it an index out of range."""
-    classes = getattr(net, "description", {}).get("num_classes")
-    data = source.dataset.num_classes if isinstance(source, DeviceData) else None
-    null = getattr(objective, "null_condition", None)
-    if classes is not None and data is not None and data > classes:
-        raise ValueError(f"the data has {data} classes, the network num_classes={classes}")
-    if classes is not None and isinstance(null, int) and not 0 <= null <= classes:
-        raise ValueError(f"null_condition must be in [0, {classes}], got {null}")
-
-
-def _number(value: float | None) -> float | None:
-    """None for infinity, which JSON does not have."""
-    return None if value is None or math.isinf(value) else value
+    def _run(self, verb: str, directory: str | Path | None) -> Path:
+        run = self.directory if directory is None else Path(directory)
+        if run is None:
+            raise ValueError(
+                f"{verb} needs a directory: Trainer(directory=...) or {verb}(directory)"
+            )
+        return run
