@@ -266,20 +266,18 @@ def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> b
     """
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, not a directory for a run")
-    with RunLock(directory):
-        return _open_run(directory, settings, resume)
-
-
-def _open_run(directory: Path, settings: Mapping[str, Any], resume: bool) -> bool:
-    path = directory / RUN_FILE
-    used = path.exists() or checkpoint.list_checkpoints(directory)
-    if used and not resume:
+    data = json.dumps(settings, indent=1).encode()
+    if not _is_used(directory):
+        with RunLock(directory):
+            if not _is_used(directory):  # nobody was faster
+                checkpoint.replace_file(directory / RUN_FILE, data)
+                return False
+    if not resume:
         raise FileExistsError(
             f"{directory} holds a run already: continue it with --resume, or choose another --out"
         )
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        old = read_run(directory)
+    if (directory / RUN_FILE).exists():  # if not, none is made: nobody has checked these settings
+        old, settings = read_run(directory), json.loads(data)
         changed = [
             f"--{name.replace('_', '-')}: {old.get(name)!r} -> {settings.get(name)!r}"
             for name in sorted({*old, *settings})
@@ -287,9 +285,11 @@ def _open_run(directory: Path, settings: Mapping[str, Any], resume: bool) -> boo
         ]
         if changed:
             raise ValueError(f"{directory} is a run of other settings: " + "; ".join(changed))
-    elif not used:  # beside checkpoints it would claim settings that nobody has checked
-        checkpoint.replace_file(path, json.dumps(settings, indent=1).encode())
     return bool(checkpoint.list_checkpoints(directory))
+
+
+def _is_used(directory: Path) -> bool:
+    return (directory / RUN_FILE).exists() or bool(checkpoint.list_checkpoints(directory))
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +75,60 @@ def test_the_form_of_the_issue_resumes_where_it_was_stopped(tmp_path: Path) -> N
         for run in ("straight", "stopped")
     ]
     assert weights[0] == weights[1]
+
+
+def stopped(command: list[str], run: Path, more: Callable[[int], None]) -> str:
+    """Start a command, do `more` once it has taken a step, end it by SIGTERM; its output."""
+    environment = {"COLUMNS": "200", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    before = (run / "metrics.jsonl").stat().st_size if run.exists() else 0
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            while not (
+                (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > before
+            ):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            more(process.pid)
+            process.send_signal(signal.SIGTERM)
+            out, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 0 and error == "", (out, error)
+    return out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM kills at once there")
+def test_sigterm_saves_and_prints_the_command_that_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    options = ["--method", "flow", "--steps", 10**6, "--log-every", 1, "--save-every", 0]
+    form = list(map(str, ["train", *options, *TINY, "--keep-every", 10**5, "--out", run]))
+
+    def second(pid: int) -> None:
+        error = fastcm_(*form, "--resume", fails=True)
+        assert f"{run} is in use: process {pid} (" in error and "choose another" in error
+
+    out = stopped([sys.executable, "-m", "fastcm", *form], run, second)
+    said = re.fullmatch(r"(.*): stopped by SIGTERM at step (\d+), continue with: (.*)\n", out)
+    assert said is not None and said[1] == str(run), out
+    command = shlex.split(said[3])
+    assert command == [sys.executable, "-m", "fastcm", *form, "--resume"]
+    again = stopped(command, run, lambda pid: None).splitlines()
+    assert again[0] == f"resumed {run} at step {said[2]}"
+    assert again[1].endswith(said[3])  # as it was: --resume is there already
+    steps = [p.name for p in (run / "checkpoints").iterdir()]
+    assert f"step_{int(said[2]):09d}" in steps and len(steps) == 2
+
+
+def test_checkpoints_are_kept_for_ever_and_metrics_written_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    options = ["--method", "flow", "--steps", 9, "--save-every", 2, "--keep", 1]
+    more = ["--keep-every", 3, "--tensorboard", "--out", tmp_path / "run"]
+    fastcm_("train", *options, *TINY, *more)
+    steps = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert steps == ["step_000000003", "step_000000006", "step_000000009"]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_distillation_starts_from_the_teacher(flow: Path, tmp_path: Path) -> None:
