@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # From source, with the torch and triton that $(PYTHON) has: correctness, then benchmarks.
 # Results go to $$OUT if set, else benchmarks/results/.
