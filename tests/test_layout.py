@@ -22,7 +22,7 @@ ALLOWED = {
     **{name: MATHS for name in MATHS},
     "checkpoint": set(),
     "description": {"checkpoint", "paths", "parameterization"},
-    "networks": set(),
+    "networks": {"parameterization", "paths", "reference", "rng"},
     "datasets": set(),
     "data": {"datasets", "rng", "checkpoint"},
     "dispatch": MATHS | {"kernels"},
