@@ -5,6 +5,7 @@ from fastcm import losses as losses
 from fastcm import networks as networks
 from fastcm import ops as ops
 from fastcm import rng as rng
+from fastcm import sampling as sampling
 from fastcm import schedules as schedules
 from fastcm.checkpoint import CheckpointError as CheckpointError
 from fastcm.data import Dataset as Dataset
