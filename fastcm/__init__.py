@@ -1,5 +1,6 @@
 """Training, distilling and sampling few-step generative models."""
 
+from fastcm import editing as editing
 from fastcm import evaluation as evaluation
 from fastcm import losses as losses
 from fastcm import networks as networks

@@ -34,6 +34,7 @@ ALLOWED = {
     "guidance": MATHS | {"ops", "objectives"},
     "solvers": MATHS | {"ops", "guidance"},
     "sampling": MATHS | {"ops", "guidance", "solvers", "objectives"},
+    "editing": {"sampling", "validation"},
     "sampler": MATHS | BASE | {"ops", "sampling"},
     "evaluation": MATHS | {"ops", "data", "sampling", "sampler"},
     "pictures": {"checkpoint"},
@@ -57,7 +58,7 @@ NAMES = {
     "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyTraining", "CurriculumEMA",
     "Dataset", "EMA", "FlowMatching", "Linear", "Loss", "NoiseKey", "NonFiniteError",
     "Parameterization", "PowerEMA", "Rescaled", "Sampler", "Trainer", "TrigFlow",
-    "VarianceExploding", "VariancePreserving", "evaluation", "losses", "networks", "ops",
+    "VarianceExploding", "VariancePreserving", "editing", "evaluation", "losses", "networks", "ops",
     "rng", "sampling", "schedules",
     "warmup_cosine",
 }  # fmt: skip
