@@ -35,6 +35,7 @@ ALLOWED = {
     "solvers": MATHS | {"ops", "guidance"},
     "sampling": MATHS | {"ops", "guidance", "solvers", "objectives"},
     "editing": {"sampling", "validation"},
+    "adapters": {"objectives"},
     "sampler": MATHS | BASE | {"ops", "sampling"},
     "evaluation": MATHS | {"ops", "data", "sampling", "sampler"},
     "pictures": {"checkpoint"},
