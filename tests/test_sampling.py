@@ -233,6 +233,18 @@ def test_start_and_constraint_are_algorithm_4():
     torch.testing.assert_close(got, x0, rtol=1e-9, atol=1e-9)
 
 
+def test_the_start_is_noised_by_the_path():
+    y, z = torch.randn(2, 4, 3, dtype=torch.float64)
+    path, seen = TrigFlow(), []
+
+    def net(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        seen.append(x)
+        return x
+
+    sampling.multistep(net, path, z, NoiseKey(0), times=[0.8], start=y)
+    torch.testing.assert_close(0.5 * seen[0], math.cos(0.8) * y + math.sin(0.8) * 0.5 * z)
+
+
 def test_the_device_is_that_of_buffers_where_there_are_no_parameters():
     net = GaussianMixture(torch.zeros(2, 3), 1.0).to("meta")
     assert Sampler(net, Linear(), shape=(3,)).device.type == "meta"

@@ -124,7 +124,6 @@ class GaussianMixture(nn.Module):
         key = rng.NoiseKey(seed, first_sample=first_sample, device=self.means.device)
         u = rng.uniform(n, key, stream=_COMPONENT)
         component = torch.searchsorted(self.weights.double().cumsum(0), u, right=True)
-        component = component.clamp_max(len(self.weights) - 1)
         z = reference.noise((n, self.means.shape[1]), key, stream=_VALUE, dtype=torch.float64)
         x = self.means[component] + self.stds[component] * z
         return x.to(dtype).reshape(n, *self.shape), component
