@@ -1,6 +1,6 @@
 """Edit coloured digits with a consistency model: fill in, colour, enlarge, interpolate.
 
-python examples/editing.py [out.png]      needs the extra "demo"; a minute or two on two CPU cores
+python examples/editing.py [out.png]      needs the extra "demo"; two minutes on two free CPU cores
 """
 
 import copy
