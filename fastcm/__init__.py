@@ -1,10 +1,12 @@
 """Training, distilling and sampling few-step generative models."""
 
+from fastcm import editing as editing
 from fastcm import evaluation as evaluation
 from fastcm import losses as losses
 from fastcm import networks as networks
 from fastcm import ops as ops
 from fastcm import rng as rng
+from fastcm import sampling as sampling
 from fastcm import schedules as schedules
 from fastcm.checkpoint import CheckpointError as CheckpointError
 from fastcm.data import Dataset as Dataset

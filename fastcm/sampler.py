@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path as FilePath
 from typing import Literal, SupportsIndex
 
@@ -17,7 +18,15 @@ from fastcm.description import parameterization_from
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Path
 from fastcm.rng import NoiseKey
-from fastcm.sampling import SOLVERS, as_parameterization, check_descending, multistep, ode
+from fastcm.sampling import (
+    SOLVERS,
+    Guidance,
+    SolverName,
+    as_parameterization,
+    check_descending,
+    multistep,
+    ode,
+)
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
 
@@ -30,12 +39,12 @@ class Sampler:
         steps: number of network evaluations of the multi-step sampler, or of Euler steps.
         times: the descending evaluation times, instead of steps.
         method: "multistep" (one step with steps=1) or "ode".
-        solver: of the ODE: "euler" or "heun".
+        solver: of the ODE: "euler", "heun", "ddim" or "dpmpp_2m"; see `fastcm.sampling.ode`.
         grid: where the times of `steps` lie.
         shape: of one sample; needed to call the sampler with a number.
         null_condition: what stands for "no condition" under guidance.
         batch_size: samples that are computed at once.
-        device: default that of the network's parameters.
+        device: default that of the network's parameters or buffers.
 
     Raises:
         ValueError: steps < 1, times not descending or outside the path, unknown method or solver.
@@ -49,7 +58,7 @@ class Sampler:
         steps: int | None = None,
         times: Sequence[float] | None = None,
         method: Literal["multistep", "ode"] = "multistep",
-        solver: Literal["euler", "heun"] = "euler",
+        solver: SolverName = "euler",
         grid: Grid = UniformGrid(),
         shape: Sequence[int] | None = None,
         null_condition: Tensor | int | None = None,
@@ -70,9 +79,10 @@ class Sampler:
             if times is None
             else [float(t) for t in times]
         )
-        check_descending(self.parameterization.path, self.times)
+        check_descending(self.parameterization.path, self.times, fresh_noise=method == "multistep")
         if device is None:
-            device = next((q.device for q in net.parameters()), torch.device("cpu"))
+            held = chain(net.parameters(), net.buffers())
+            device = next((q.device for q in held), torch.device("cpu"))
         self.device = torch.device(device)
         self.net = net.to(self.device)
         self.method = method
@@ -135,7 +145,7 @@ class Sampler:
         seed: int = 0,
         first_sample: int = 0,
         cond: Tensor | None = None,
-        guidance: float | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Draw samples.
 
@@ -144,7 +154,7 @@ class Sampler:
             seed: 0 <= seed < 2**63.
             first_sample: index of the first; samples do not depend on how they are batched.
             cond: n rows of conditioning, or None.
-            guidance: weight of classifier-free guidance.
+            guidance: weight of classifier-free guidance, one per time, or a function w(t).
 
         Returns:
             ``[n, ...]`` float32, in the scale of the data (images: -1..1, not clamped).
@@ -193,7 +203,7 @@ class Sampler:
         key: NoiseKey,
         first_sample: int,
         cond: Tensor | None,
-        guidance: float | None,
+        guidance: Guidance | None,
     ) -> Tensor:
         z = ops.noise(shape, key, stream=rng.SAMPLE, first_sample=first_sample)
         p, null = self.parameterization, self.null_condition

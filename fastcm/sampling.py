@@ -1,67 +1,40 @@
 """Samplers: one step, multi-step with fresh noise, and the probability-flow ODE.
 
 Sample i is a pure function of (seed, first_sample + i, times): the same on every device, in any
-batch size or order.
+batch size or order. Arithmetic is float32, or float64 where z is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastcm import ops, rng, solvers
-from fastcm.objectives.base import Network, check_output, unconditional
+from fastcm.guidance import Guidance as Guidance
+from fastcm.guidance import evaluator, rows
+from fastcm.guidance import predict as predict
+from fastcm.objectives.base import Network
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Path
-from fastcm.reference import lift
 from fastcm.rng import NoiseKey
+from fastcm.schedules import Grid, UniformGrid
 
-SOLVERS: dict[str, solvers.Solver] = {"euler": solvers.euler, "heun": solvers.heun}
+SolverName = Literal["euler", "heun", "ddim", "dpmpp_2m"]
 
+SOLVERS: dict[str, solvers.Solver] = {
+    "euler": solvers.euler,
+    "heun": solvers.heun,
+    "ddim": solvers.ddim,
+    "dpmpp_2m": solvers.dpmpp_2m,
+}
 
-def predict(
-    net: Network,
-    p: Parameterization,
-    x: Tensor,
-    t: Tensor,
-    cond: Tensor | None = None,
-    *,
-    guidance: float | None = None,
-    null_condition: Tensor | int | None = None,
-) -> Tensor:
-    """The network's output F at (x, t), with guidance F_u + w (F_c - F_u) if asked.
-
-    Guidance evaluates conditional and unconditional rows in one call; denoiser and velocity are
-    affine in F, so guiding F guides both.
-
-    Args:
-        net: ``net(x, t, cond) -> F``.
-        p: its parameterization.
-        x: ``[B, ...]``.
-        t: ``[B]``, float64.
-        cond: tensor of B rows, or None.
-        guidance: the weight w.
-        null_condition: what stands for "no condition".
-    """
-    c_in = p.c_in(t)
-    inputs, noise_level = x if c_in is None else lift(c_in, x) * x, p.c_noise(t)
-    if guidance is None:
-        return check_output("net", net(inputs, noise_level, cond), x)
-    if cond is None:
-        raise ValueError("guidance needs cond, got None")
-    inputs = torch.cat([inputs, inputs])
-    cond = torch.cat([cond, unconditional(cond, null_condition)])
-    F = check_output("net", net(inputs, noise_level.repeat(2), cond), inputs)
-    F_cond, F_uncond = F.chunk(2)
-    return torch.lerp(F_uncond, F_cond, guidance)
-
-
-def _prior(p: Parameterization, z: Tensor, t: Tensor) -> Tensor:
-    sigma = p.path.at(t).sigma
-    return lift(sigma, z) * z
+Constraint = Callable[[Tensor], Tensor]
+"""``constraint(x0) -> x0``: the nearest samples ``[B, ...]`` that meet a condition."""
 
 
 def multistep(
@@ -72,9 +45,11 @@ def multistep(
     *,
     times: Sequence[float],
     cond: Tensor | None = None,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
     first_sample: int = 0,
+    start: Tensor | None = None,
+    constraint: Constraint | None = None,
 ) -> Tensor:
     """Consistency sampling: denoise, add fresh noise down to the next time, denoise again.
 
@@ -87,34 +62,50 @@ def multistep(
         z: standard normals ``[B, ...]``.
         key: for the noise between evaluations.
         times: descending, in (t_min, t_max], the first usually t_max.
-        cond, guidance, null_condition: see `predict`.
+        cond, guidance, null_condition: see `fastcm.guidance.evaluator`.
         first_sample: global index of row 0.
+        start: data ``[B, ...]`` that is edited: the first state is alpha start + sigma z; default
+            pure noise.
+        constraint: applied to every x0, also the last; see `fastcm.editing`.
 
     Returns:
-        Samples ``[B, ...]``.
+        Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
 
-    Source: seed eq. 11; Song et al. 2023, algorithm 1 (noise sqrt(t^2 - t_min^2) where
+    Raises:
+        ValueError, TypeError: times that do not descend or leave the path, cond or guidance that
+            does not fit, start or a constraint's result of another shape than z.
+
+    Source: seed eq. 11; Song et al. 2023, algorithms 1 and 4 (noise sqrt(t^2 - t_min^2) where
     sigma(t_min) > 0).
     """
     p = as_parameterization(path)
-    check_descending(p.path, times)
-
-    def at(t: float) -> Tensor:
-        return torch.full(z.shape[:1], t, dtype=torch.float64, device=z.device)
-
-    floor = p.path.at(at(p.path.t_min)).sigma
-    x = _prior(p, z, at(times[0]))
-    for j, t in enumerate(times):
-        F = predict(net, p, x, at(t), cond, guidance=guidance, null_condition=null_condition)
-        a, b, _, _ = p.coefficients(at(t))
-        if j + 1 == len(times):
-            return ops.boundary(x, F, a, b)
-        alpha, sigma, _, _ = p.path.at(at(times[j + 1]))
-        sigma = (sigma.square() - floor.square()).clamp_min(0.0).sqrt()
-        x = ops.sampler_update(
-            x, F, a, b, alpha, sigma, key, stream=rng.SAMPLE + j + 1, first_sample=first_sample
-        )
-    raise AssertionError("times is not empty")
+    check_descending(p.path, times, fresh_noise=True)
+    evaluate = evaluator(
+        net, p, z, times, cond=cond, guidance=guidance, null_condition=null_condition
+    )
+    if start is not None and (not isinstance(start, Tensor) or start.shape != z.shape):
+        shown = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
+        raise ValueError(f"start must have the shape of z, {list(z.shape)}, got {shown}")
+    if z.shape[0] == 0:
+        return torch.empty_like(z)
+    *levels, end = solvers.levels(p, times)
+    x = _first_state(z, levels[0], start)
+    for j, (at, to) in enumerate(pairwise(levels)):
+        out = evaluate(x, j)
+        alpha, sigma = rows(x, to.alpha), rows(x, math.sqrt(to.sigma**2 - end.sigma**2))
+        stream = rng.SAMPLE + j + 1
+        if constraint is None:
+            F, a, b = out.combined(), rows(x, at.a), rows(x, at.b)
+            x = ops.sampler_update(
+                x, F, a, b, alpha, sigma, key, stream=stream, first_sample=first_sample
+            )
+        else:
+            x0 = _constrained(constraint, out.map(x, at.a, at.b))
+            state = ops.noising(x0, alpha, sigma, key, stream=stream, first_sample=first_sample)
+            assert isinstance(state, Tensor)
+            x = state
+    x0 = evaluate(x, len(levels) - 1).map(x, levels[-1].a, levels[-1].b)
+    return x0 if constraint is None else _constrained(constraint, x0)
 
 
 def one_step(
@@ -123,17 +114,16 @@ def one_step(
     z: Tensor,
     *,
     cond: Tensor | None = None,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
 ) -> Tensor:
     """x0 = f(sigma(t_max) z, t_max): one network evaluation. See `multistep`."""
     p = as_parameterization(path)
-    key = NoiseKey(0, device=z.device)
     return multistep(
         net,
         p,
         z,
-        key,
+        NoiseKey(0, device=z.device),
         times=[p.path.t_max],
         cond=cond,
         guidance=guidance,
@@ -147,34 +137,116 @@ def ode(
     z: Tensor,
     *,
     times: Sequence[float],
-    solver: Literal["euler", "heun"] = "euler",
+    solver: SolverName = "euler",
     cond: Tensor | None = None,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from times[0] down to t_min.
 
     Args:
-        net, path, z, cond, guidance, null_condition: see `multistep`.
+        net, path, z, cond, guidance, null_condition: see `multistep`. Heun's second evaluation
+            takes the weight of the time it is at.
         times: descending, in (t_min, t_max]; t_min is appended as the end.
-        solver: "euler": ``len(times)`` evaluations; "heun": twice that less one.
+        solver: "euler", "ddim" or "dpmpp_2m": ``len(times)`` evaluations; "heun": twice that less
+            one. On `VariancePreserving` take "ddim" or "dpmpp_2m": in its t the velocity is
+            infinite at the data.
 
     Returns:
-        Samples ``[B, ...]``.
+        Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
+
+    Raises:
+        ValueError, TypeError: an unknown solver; see `multistep`.
+
+    Source: `fastcm.solvers`.
     """
     p = as_parameterization(path)
-    check_descending(p.path, times)
+    check_descending(p.path, times, fresh_noise=False)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
+    evaluate = evaluator(
+        net, p, z, times, cond=cond, guidance=guidance, null_condition=null_condition
+    )
+    if z.shape[0] == 0:
+        return torch.empty_like(z)
+    levels = solvers.levels(p, times)
+    return SOLVERS[solver](evaluate, _first_state(z, levels[0]), levels)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        at = torch.full(x.shape[:1], t, dtype=torch.float64, device=x.device)
-        F = predict(net, p, x, at, cond, guidance=guidance, null_condition=null_condition)
-        _, _, c, d = p.coefficients(at)
-        return ops.boundary(x, F, c, d)
 
-    first = torch.full(z.shape[:1], times[0], dtype=torch.float64, device=z.device)
-    return SOLVERS[solver](velocity, _prior(p, z, first), [*times, p.path.t_min])
+def search_times(
+    score: Callable[[list[float]], float],
+    path: Path | Parameterization,
+    *,
+    steps: int,
+    n: int = 64,
+    grid: Grid = UniformGrid(),
+) -> list[float]:
+    """Times of a multi-step sampler, found one after another, each by ternary search.
+
+    The first is t_max; each further one is the best, with those before it fixed, among the n - 1
+    inner points of a grid. Exact where the score has one minimum along the grid; elsewhere the best
+    of the at most 2 log(n) / log(1.5) + 2 candidates that were scored.
+
+    Args:
+        score: ``score(times)``: what to minimise, say a distance of ``multistep(..., times=times)``
+            from held-out data. Use one seed for all calls.
+        path: the path, or path and prediction type.
+        steps: number of times, 1 <= steps <= n.
+        n: intervals of the grid.
+        grid: where the candidates lie.
+
+    Returns:
+        `steps` descending times.
+
+    Raises:
+        ValueError: steps or n out of range, a score that is NaN.
+
+    Source: Song et al. 2023, "Consistency models", section 6.1 (greedy ternary search).
+    """
+    if not 1 <= steps <= n:
+        raise ValueError(f"steps must be >= 1 and <= n = {n}, got {steps}")
+    p = as_parameterization(path)
+    candidates: list[float] = grid.time(torch.arange(n + 1), n, p.path).tolist()
+    k, found = n, [p.path.t_max]
+    while len(found) < steps:
+        k = _ternary(lambda j: score([*found, candidates[j]]), steps - len(found), k - 1)
+        found.append(candidates[k])
+    return found
+
+
+def _ternary(score: Callable[[int], float], low: int, high: int) -> int:
+    """The best of the integers low..high that a ternary search looks at."""
+    seen: dict[int, float] = {}
+
+    def at(k: int) -> float:
+        if k not in seen:
+            seen[k] = float(score(k))
+            if math.isnan(seen[k]):
+                raise ValueError("score must return a number, got nan")
+        return seen[k]
+
+    while high - low > 2:
+        third = (high - low) // 3
+        if at(low + third) <= at(high - third):
+            high -= third
+        else:
+            low += third
+    best: int = min({*range(low, high + 1), *seen}, key=lambda k: (at(k), k))
+    return best
+
+
+def _first_state(z: Tensor, at: solvers.Level, start: Tensor | None = None) -> Tensor:
+    if start is not None:
+        return ops.boundary(start, z, rows(z, at.alpha), rows(z, at.sigma))
+    return at.sigma * z
+
+
+def _constrained(constraint: Constraint, x0: Tensor) -> Tensor:
+    out = constraint(x0)
+    if not isinstance(out, Tensor) or out.shape != x0.shape:
+        shown = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"constraint must return the shape of x0, {list(x0.shape)}, got {shown}")
+    return out
 
 
 def as_parameterization(path: Path | Parameterization) -> Parameterization:
@@ -182,11 +254,14 @@ def as_parameterization(path: Path | Parameterization) -> Parameterization:
     return path if isinstance(path, Parameterization) else Parameterization(path)
 
 
-def check_descending(path: Path, times: Sequence[float]) -> None:
-    """Raise ValueError unless `times` descend within (t_min, t_max] and number at least one."""
+def check_descending(path: Path, times: Sequence[float], *, fresh_noise: bool) -> None:
+    """Raise ValueError unless `times` descend within (t_min, t_max] and number at least one.
+
+    With fresh noise before each, there are as many as streams of noise.
+    """
     if not times:
         raise ValueError("times must name at least one evaluation, got none")
-    if len(times) > rng.NUM_STREAMS - rng.SAMPLE:
+    if fresh_noise and len(times) > rng.NUM_STREAMS - rng.SAMPLE:
         raise ValueError(
             f"times may name at most {rng.NUM_STREAMS - rng.SAMPLE} evaluations, got {len(times)}"
         )
