@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcm.kernels import adam_ema, affine, consistency_loss, grad_norm, noising
+from fastcm.kernels import adam_ema, affine, consistency_loss, grad_norm, noising, tick
 from fastcm.kernels.noising import State
 from fastcm.kernels.tables import Segment
 
@@ -198,9 +198,9 @@ def finish_case() -> list[Launch]:
 
 
 def tick_case(radam: bool, clipped: bool) -> list[Launch]:
-    recorder = Recorder(adam_ema.tick_kernel, ())
+    recorder = Recorder(tick.tick_kernel, ())
     hyper, limit, sums = meta(2, 6, dtype=FP64), meta(1, dtype=FP64), meta(2, dtype=FP64)
-    adam_ema.launch_tick(
+    tick.launch_tick(
         meta(5, 100, dtype=I64), hyper, limit, sums if clipped else None, meta(100),
         meta(100, 8), meta(3), meta(1), meta(3, dtype=I64), radam=radam, kernel=recorder,
     )  # fmt: skip

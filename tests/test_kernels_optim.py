@@ -11,9 +11,10 @@ import tolerances
 import torch
 from torch import Tensor
 
-from fastcm.kernels.adam_ema import launch_sweep, launch_tick
+from fastcm.kernels.adam_ema import launch_sweep
 from fastcm.kernels.grad_norm import launch_grad_norm, launch_grad_norm_finish
 from fastcm.kernels.tables import CHUNK, SEGMENT_ALIGN, Segment
+from fastcm.kernels.tick import launch_tick
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

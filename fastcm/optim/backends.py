@@ -16,7 +16,7 @@ from fastcm.optim.layout import Layout
 from fastcm.optim.tables import Tables
 
 try:
-    from fastcm.kernels import adam_ema, grad_norm
+    from fastcm.kernels import adam_ema, grad_norm, tick
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
@@ -59,7 +59,7 @@ class Triton:
         grad_norm.launch_grad_norm_finish(tables.partial, tables.bounds, tables.sums)
 
     def tick(self, tables: Tables, *, radam: bool, measured: bool) -> None:
-        adam_ema.launch_tick(
+        tick.launch_tick(
             tables.tensors,
             tables.hyper,
             tables.limit,
