@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -71,6 +70,8 @@ def train(job: dict[str, Any]) -> None:
     if (directory / "checkpoints").exists() and any((directory / "checkpoints").glob("step_*")):
         trainer.load()
     if limit is not None:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     say(f"ready {trainer.step}")
     trainer.fit(steps - trainer.step)
