@@ -137,7 +137,6 @@ def test_a_network_takes_the_weight_through_cond():
         ({"guidance": math.nan, "cond": torch.zeros(4), "null_condition": 0}, "finite"),
         ({"guidance": lambda t: math.inf, "cond": torch.zeros(4), "null_condition": 0}, "finite"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("method", ["multistep", "euler"])
 def test_guidance_that_does_not_fit_is_refused_before_any_call(method, settings, message):
