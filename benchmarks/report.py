@@ -66,14 +66,20 @@ def optim_table(report: dict[str, Any]) -> str:
         "| parameters | averages | fastcm | eager / fastcm | best of torch / fastcm |",
         "|---|---|---|---|---|",
     ]
+    drift: dict[str, float] = {}
     for row in report["rows"]:
+        if "drift" in row:
+            drift = row["drift"]
+            continue
         kept = f"{row['averages']}{', bfloat16 copy' if row['shadow'] else ''}"
         ratios = f"{row['eager/fastcm']:.1f} | {row['stock/fastcm']:.1f}"
         lines.append(f"| {row['network']} | {kept} | {row['ms']['fastcm']:.1f} ms | {ratios} |")
     lines.append("")
     lines.append(
         f"On {machine['threads']} CPU threads, torch {machine['torch']}. Eager: clip, foreach "
-        "AdamW, a Python loop for each average. Best of torch: clip, fused AdamW, foreach lerp."
+        "AdamW, a Python loop for each average. Best of torch: clip, fused AdamW, foreach lerp. "
+        f"After 1,000 steps float32 parameters are {drift['fastcm']:.0e} from float64, relative; "
+        f"those of torch's AdamW {drift['torch']:.0e}, fused {drift['torch fused']:.0e}."
     )
     return "\n".join(lines)
 
