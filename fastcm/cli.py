@@ -147,7 +147,7 @@ def sample(
     n: Annotated[int, typer.Option(help="how many")] = 64,
     steps: Annotated[int, typer.Option(help="network evaluations")] = 1,
     method: Annotated[str, typer.Option(help="multistep or ode")] = "multistep",
-    solver: Annotated[str, typer.Option(help="of the ode: euler, heun, ddim or dpmpp_2m")] = "euler",
+    solver: Annotated[str, typer.Option(help="ode: euler, heun, ddim or dpmpp_2m")] = "euler",
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
