@@ -26,6 +26,8 @@ from benchmarks.reference_loop import Variant
 from benchmarks.step_cases import CUDA, LAUNCH_BOUND, Case, Column, Setting, build, settings
 
 ROUNDS = 15 if CUDA else 7
+CHOOSING = 5
+"""Rounds that decide whether a column is compiled."""
 BLOCK_SECONDS = 0.2
 WARM_STEPS = 35 if CUDA else 1
 """A Trainer captures its step and decides about the graph within some thirty steps."""
@@ -94,19 +96,16 @@ def fastest(
 ) -> tuple[str, Column, dict[str, float]]:
     """Its name, the column, and milliseconds of all; the others' memory is free again.
 
-    By the best of a few blocks: what disturbs a run only ever makes it slower.
+    By the best of a few rounds: what disturbs a run only ever makes it slower.
     """
-    found: tuple[str, Column] | None = None
-    ms: dict[str, float] = {}
-    for name, make in makes.items():
-        column = made(case, make, exact, eager.errors)
-        ms[name] = 1e3 * min(column.seconds(steps) for _ in range(3))
-        if found is None or ms[name] < ms[found[0]]:
-            found = name, column
-        del column
+    columns = {name: made(case, make, exact, eager.errors) for name, make in makes.items()}
+    samples = interleaved({n: partial(c.seconds, steps) for n, c in columns.items()}, CHOOSING)
+    ms = {name: 1e3 * min(times) for name, times in samples.items()}
+    name = min(ms, key=lambda each: ms[each])
+    column = columns[name]
+    columns.clear()
     free()
-    assert found is not None
-    return *found, ms
+    return name, column, ms
 
 
 def measure(setting: Setting) -> tuple[dict[str, Any], Column]:
