@@ -107,11 +107,7 @@ def measure(case: Case, *, rounds: int = 15, seconds: float = 0.03) -> dict[str,
         sink = torch.empty_like(source)
         columns["copy"] = lambda: sink.copy_(source)
     timers = {n: (_graph_timer if cuda else _host_timer)(f, seconds) for n, f in columns.items()}
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    names = list(timers)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            samples[name].append(timers[name]())
+    samples = interleaved(timers, rounds)
     row: dict[str, Any] = {
         "case": case.name,
         "shape": list(case.shape),
@@ -122,9 +118,23 @@ def measure(case: Case, *, rounds: int = 15, seconds: float = 0.03) -> dict[str,
     }
     for name in ("eager", "compiled", "stock", "copy"):
         if name in samples:
-            pairs = zip(samples[name], samples["fastcm"])
-            row[f"{name}/fastcm"] = statistics.median(a / b for a, b in pairs)
+            row[f"{name}/fastcm"] = median_ratio(samples, name, "fastcm")
     return row
+
+
+def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each timer returned in each round; every round begins with another one."""
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    names = list(timers)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(timers[name]())
+    return samples
+
+
+def median_ratio(samples: Mapping[str, list[float]], a: str, b: str) -> float:
+    """Median of the rounds' ratios a / b."""
+    return statistics.median(x / y for x, y in zip(samples[a], samples[b]))
 
 
 def _host_timer(function: Function, seconds: float) -> Callable[[], float]:

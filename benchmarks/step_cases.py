@@ -1,0 +1,240 @@
+"""What the step's benchmark trains: networks, settings, and the columns that train them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import fastcm
+from benchmarks.reference_loop import Given, Loop, Variant
+from fastcm import reference, rng
+from fastcm.data import as_source
+from fastcm.networks import MLP, DiT, UNet
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+CHECKED_STEPS = 5
+INTERVALS = 40
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, its data and the batches it is trained with."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    samples: int
+    batches: tuple[int, ...]
+    pixels: bool = True
+
+    def data(self) -> Tensor:
+        """Random: the time of a step does not depend on what is in a picture."""
+        shape = (self.samples, *self.shape)
+        if self.pixels:
+            return torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+        return torch.randn(shape, device=DEVICE)
+
+
+LAUNCH_BOUND, SATURATED = 32, 256
+GPU_BATCHES = (LAUNCH_BOUND, SATURATED)
+IMAGES, LATENTS = (3, 32, 32), (4, 32, 32)
+
+SUBJECTS = {
+    "MLP": Subject(lambda: MLP((1, 8, 8)), (1, 8, 8), 1797, GPU_BATCHES if CUDA else (256,)),
+    "UNet-S": Subject(
+        lambda: UNet(3, 32, (1, 2), num_res_blocks=1),
+        IMAGES,
+        8192,
+        GPU_BATCHES if CUDA else (16,),
+    ),
+}
+if CUDA:
+    SUBJECTS |= {
+        "UNet-L": Subject(
+            lambda: UNet(3, 128, (1, 2, 2), num_res_blocks=2), IMAGES, 50_000, GPU_BATCHES
+        ),
+        "DiT-S/2": Subject(lambda: DiT(4, 32), LATENTS, 8192, GPU_BATCHES, pixels=False),
+        "DiT-B/2": Subject(
+            lambda: DiT(4, 32, width=768, num_heads=12), LATENTS, 8192, GPU_BATCHES, pixels=False
+        ),
+    }
+else:
+    SUBJECTS["DiT-tiny"] = Subject(
+        lambda: DiT(4, 32, width=128, depth=4, num_heads=4), LATENTS, 2048, (16,), pixels=False
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the report."""
+
+    network: str
+    method: str
+    batch: int
+    precision: Precision
+
+    @property
+    def id(self) -> str:
+        return f"{self.network}-{self.method}-{self.batch}-{self.precision}"
+
+
+def settings() -> list[Setting]:
+    """All of them on a GPU; on a CPU one in bf16, if it has that, since each is compiled twice."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on_cpu = [("MLP", "CT")] if native else []
+    return [
+        Setting(network, method, batch, precision)
+        for network, subject in SUBJECTS.items()
+        for method in ("CT", "CD")
+        for batch in subject.batches
+        for precision in PRECISIONS
+        if CUDA or precision == "fp32" or (network, method) in on_cpu
+    ]
+
+
+@dataclass
+class Column:
+    """Something that trains: `fit` runs that many steps and ends with the last loss read.
+
+    Args:
+        networks: the student, and its average that one would sample from.
+        fit, loss: take steps; the loss of the last.
+        stamps: times at which the steps were issued.
+        errors: see `Case.outcome`.
+        peak_bytes: of memory on a GPU.
+    """
+
+    networks: dict[str, nn.Module]
+    fit: Callable[[int], object]
+    loss: Callable[[], float]
+    stamps: list[float]
+    errors: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, the mean over `steps`."""
+        self.stamps.clear()
+        synchronize()
+        start = time.perf_counter()
+        self.fit(steps)
+        synchronize()
+        return (time.perf_counter() - start) / steps
+
+    def host_seconds(self) -> float:
+        """To issue one step without waiting: the second, while the device has the first."""
+        self.seconds(2)
+        return self.stamps[1] - self.stamps[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all columns of a row start from."""
+
+    setting: Setting
+    net: nn.Module
+    teacher: nn.Module | None
+    data: Tensor
+    given: tuple[Given, ...]
+
+    def loop(
+        self,
+        variant: Variant,
+        *,
+        dtype: torch.dtype = torch.float32,
+        micro_batch: int | None = None,
+    ) -> Column:
+        """The plain PyTorch loop."""
+        stamps: list[float] = []
+        loop = Loop(
+            copy.deepcopy(self.net).to(dtype),
+            self.data,
+            self.setting.batch,
+            variant,
+            teacher=self.teacher and copy.deepcopy(self.teacher).to(dtype),
+            bf16=self.setting.precision == "bf16" and dtype == torch.float32,
+            given=self.given,
+            intervals=INTERVALS,
+            micro_batch=micro_batch,
+            on_step=lambda: stamps.append(time.perf_counter()),
+        )
+        networks = {"parameters": loop.net, "average": loop.average}
+        return Column(networks, loop.fit, lambda: loop.last_loss, stamps)
+
+    def trainer(
+        self, *, compile: bool, callbacks: Sequence[Callable[[fastcm.Trainer, str], None]] = ()
+    ) -> fastcm.Trainer:
+        """With its default optimizer, averages and clipping."""
+        objective: fastcm.ConsistencyTraining | fastcm.ConsistencyDistillation
+        if self.teacher is None:
+            objective = fastcm.ConsistencyTraining(discretization=INTERVALS)
+        else:
+            teacher = copy.deepcopy(self.teacher)
+            objective = fastcm.ConsistencyDistillation(teacher, discretization=INTERVALS)
+        return fastcm.Trainer(
+            copy.deepcopy(self.net),
+            objective,
+            data=self.data,
+            batch_size=self.setting.batch,
+            precision=self.setting.precision,
+            compile=compile,
+            log_every=2**31,
+            progress=False,
+            callbacks=callbacks,
+        )
+
+    def fastcm(self, *, compile: bool) -> Column:
+        """A trainer's `fit`, as its user calls it."""
+        stamps: list[float] = []
+
+        def stamp(_: fastcm.Trainer, event: str) -> None:
+            if event == "step":
+                stamps.append(time.perf_counter())
+
+        trainer = self.trainer(compile=compile, callbacks=[stamp])
+        networks = {"parameters": trainer.net, "average": trainer.ema_network()}
+        return Column(networks, trainer.fit, lambda: trainer.metrics["loss"], stamps)
+
+    def outcome(self, column: Column) -> dict[str, Tensor]:
+        """Losses of the first steps, and how far they moved parameters and average; float64."""
+        losses = []
+        for _ in range(CHECKED_STEPS):
+            column.fit(1)
+            losses.append(column.loss())
+        found = {"loss": torch.tensor(losses, dtype=torch.float64)}
+        for name, network in column.networks.items():
+            pairs = zip(network.parameters(), self.net.parameters(), strict=True)
+            ways = [(p.detach().double() - q.detach().double()).flatten() for p, q in pairs]
+            found[name] = torch.cat(ways)
+        return found
+
+
+def build(setting: Setting) -> Case:
+    torch.manual_seed(0)
+    subject = SUBJECTS[setting.network]
+    net = subject.make().to(DEVICE)
+    for p in net.parameters():
+        if not p.any():  # layers that start at zero would hide the others from the check
+            nn.init.normal_(p, std=0.02)
+    teacher = copy.deepcopy(net).requires_grad_(False).eval() if setting.method == "CD" else None
+    data = subject.data()
+    source, given = as_source(data, seed=0, device=DEVICE), []
+    for step in range(CHECKED_STEPS):
+        x0, _ = source.draw(step, setting.batch)
+        key = rng.NoiseKey(0, step, device=DEVICE)
+        u = rng.uniform(setting.batch, key, stream=rng.TIME)
+        z = reference.noise(x0.shape, key, stream=rng.NOISE)
+        given.append((x0, (u * INTERVALS).floor().long() + 1, z))
+    return Case(setting, net, teacher, data, tuple(given))
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
