@@ -16,8 +16,8 @@ from fastcm import ops, rng
 from fastcm.data import to_unit
 from fastcm.parameterization import Parameterization
 from fastcm.rng import NoiseKey
-from fastcm.sampler import eval_mode
 from fastcm.sampling import predict
+from fastcm.sampling_loop import eval_mode
 from fastcm.schedules import Grid, UniformGrid
 
 _PROJECTIONS, _FEATURES = 0, 1  # seeds

@@ -117,7 +117,7 @@ def evaluator(
         ValueError: `cond` has not B rows; guidance without cond or null_condition, or of another
             length than `times`.
     """
-    _check_rows(cond, z)
+    check_rows(cond, len(z))
     both: Tensor | None = None
     weights = [1.0] * len(times)
     if guidance is not None:
@@ -149,7 +149,7 @@ def predict(
         t: ``[B]``, float64.
         guidance: the weight w.
     """
-    _check_rows(cond, x)
+    check_rows(cond, len(x))
     if guidance is None:
         return _call(net, p, x, t, cond).F
     return _call(net, p, x, t, cond, _both(cond, null_condition), guidance).combined()
@@ -175,13 +175,12 @@ def _call(
     return Guided(F_cond, F_uncond, weight)
 
 
-def _check_rows(cond: Tensor | None, x: Tensor) -> None:
+def check_rows(cond: Tensor | None, n: int) -> None:
+    """Raise TypeError or ValueError unless `cond` is None or a tensor of n rows."""
     if cond is not None and not isinstance(cond, Tensor):
         raise TypeError(f"cond must be a tensor of one row per sample, got {type(cond).__name__}")
-    if cond is not None and cond.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            f"cond must have one row per sample, {x.shape[0]}, got shape {list(cond.shape)}"
-        )
+    if cond is not None and cond.shape[:1] != (n,):
+        raise ValueError(f"cond must have one row per sample, {n}, got shape {list(cond.shape)}")
 
 
 def _both(cond: Tensor | None, null: Tensor | int | None) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path as FilePath
 from typing import Literal, SupportsIndex
@@ -13,25 +12,26 @@ from typing import Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from fastcm import checkpoint, networks, ops, rng
+from fastcm import checkpoint, networks
 from fastcm.description import parameterization_from
+from fastcm.guidance import Guidance, check_rows, guidance_weights
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Path
+from fastcm.precision import Precision, check_precision
+from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
-from fastcm.sampling import (
-    SOLVERS,
-    Guidance,
-    SolverName,
-    as_parameterization,
-    check_descending,
-    multistep,
-    ode,
-)
+from fastcm.sampling import SOLVERS, SolverName, as_parameterization, check_descending
+from fastcm.sampling_loop import Graph, Loop, batches, padded
+from fastcm.sampling_loop import eval_mode as eval_mode
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
 
 class Sampler:
     """Draws samples from a trained network.
+
+    On a GPU the whole loop is one CUDA graph (beyond 8 evaluations: each evaluation is one), kept
+    where it is faster than launching kernel by kernel. Weights may change in place at any time, as
+    those of an average in training do. Threads may share a sampler; they take turns.
 
     Args:
         net: ``net(x, t, cond) -> F``; evaluated in eval mode, without gradient.
@@ -43,11 +43,20 @@ class Sampler:
         grid: where the times of `steps` lie.
         shape: of one sample; needed to call the sampler with a number.
         null_condition: what stands for "no condition" under guidance.
-        batch_size: samples that are computed at once.
+        batch_size: samples that are computed at once, at most.
+        precision: "fp32", or "bf16": the network sees bfloat16, under autocast; the arithmetic
+            around it stays float32.
+        compile: run the network under torch.compile.
+        graph: "auto", "on" (even if slower; an error where there can be none) or "off".
         device: default that of the network's parameters or buffers.
+        log: receives a line about each graph.
+
+    With graphs or compile, batches are padded to 1, 2, 4, 8, ... samples, so that few shapes occur;
+    a sample does not depend on what it is padded with.
 
     Raises:
-        ValueError: steps < 1, times not descending or outside the path, unknown method or solver.
+        ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
+            precision or graph, graph="on" without a GPU.
     """
 
     def __init__(
@@ -63,14 +72,22 @@ class Sampler:
         shape: Sequence[int] | None = None,
         null_condition: Tensor | int | None = None,
         batch_size: int = 512,
+        precision: Precision = "fp32",
+        compile: bool = False,
+        graph: Graph = "auto",
         device: torch.device | str | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         if steps is not None and times is not None:
             raise ValueError("give steps or times, not both")
-        if method not in ("multistep", "ode"):
-            raise ValueError(f"method must be 'multistep' or 'ode', got {method!r}")
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
+        for name, value, known in (
+            ("method", method, ("multistep", "ode")),
+            ("solver", solver, SOLVERS),
+            ("graph", graph, ("auto", "on", "off")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_precision(precision)
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.parameterization = as_parameterization(path)
@@ -83,13 +100,26 @@ class Sampler:
         if device is None:
             held = chain(net.parameters(), net.buffers())
             device = next((q.device for q in held), torch.device("cpu"))
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         self.net = net.to(self.device)
         self.method = method
         self.solver = solver
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
         self.batch_size = batch_size
+        self._loop = Loop(
+            self.net,
+            self.parameterization,
+            self.times,
+            method=method,
+            solver=solver,
+            null_condition=null_condition,
+            device=self.device,
+            precision=precision,
+            compile=compile,
+            graph=graph,
+            log=log,
+        )
 
     @classmethod
     def from_run(
@@ -160,26 +190,95 @@ class Sampler:
             ``[n, ...]`` float32, in the scale of the data (images: -1..1, not clamped).
 
         Raises:
-            ValueError: n < 0, unknown sample shape, cond of another length.
+            ValueError, TypeError: n < 0, seed or first_sample out of range, unknown sample shape,
+                cond of another length, guidance without cond or null_condition.
         """
         shape = self._full_shape(n)
-        if cond is not None and not isinstance(cond, Tensor):
-            raise TypeError(f"cond must be a tensor of n rows, got {type(cond).__name__}")
-        if cond is not None and len(cond) != shape[0]:
-            raise ValueError(f"cond must have one row per sample, {shape[0]}, got {len(cond)}")
-        key = NoiseKey(seed, device=self.device)
-        with eval_mode(self.net):
-            parts = [
-                self._batch(
-                    (min(self.batch_size, shape[0] - i), *shape[1:]),
-                    key,
-                    first_sample + i,
-                    None if cond is None else cond[i : i + self.batch_size].to(self.device),
-                    guidance,
-                )
-                for i in range(0, shape[0], self.batch_size)
-            ]
-        return torch.cat(parts) if parts else torch.empty(shape, device=self.device)
+        n = shape[0]
+        NoiseKey(seed, first_sample=first_sample)  # the ranges
+        if first_sample + n > 2**32:
+            raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {n}")
+        check_rows(cond, n)
+        weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
+        out = torch.empty(shape, device=self.device)
+        for start, end, size in batches(n, self.batch_size, few_shapes=self._loop.has_few_shapes):
+            key = NoiseKey(seed, first_sample=first_sample + start)
+            rows = None if cond is None else padded(cond[start:end].to(self.device), size)
+            self._loop(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
+        return out
+
+    def stream(
+        self,
+        total: int,
+        *,
+        batch: int | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        cond: Tensor | Callable[[int, int], Tensor] | None = None,
+        guidance: Guidance | None = None,
+        progress: bool = True,
+    ) -> Iterator[Tensor]:
+        """Draw many samples, a batch at a time.
+
+        Args:
+            total: how many.
+            batch: samples in each of the tensors but the last; default `batch_size`.
+            seed, first_sample, guidance: see `__call__`.
+            cond: `total` rows, or a function of (first, count) that returns the rows of samples
+                first .. first + count - 1, as they are counted from `first_sample`.
+            progress: show a bar where there is a terminal.
+
+        Returns:
+            An iterator over tensors ``[batch, ...]`` float32.
+
+        Raises:
+            ValueError, TypeError: see `__call__`; batch < 1.
+        """
+        batch = self.batch_size if batch is None else batch
+        if batch < 1:
+            raise ValueError(f"batch must be >= 1, got {batch}")
+        self._full_shape(total)
+        if isinstance(cond, Tensor):
+            check_rows(cond, total)
+
+        def draw() -> Iterator[Tensor]:
+            with Progress("sampling", total, show=progress) as bar:
+                for at in range(0, total, batch):
+                    count = min(batch, total - at)
+                    rows = cond(at, count) if callable(cond) else cond
+                    if isinstance(cond, Tensor):
+                        rows = cond[at : at + count]
+                    yield self(
+                        count,
+                        seed=seed,
+                        first_sample=first_sample + at,
+                        cond=rows,
+                        guidance=guidance,
+                    )
+                    bar.advance(count)
+
+        return draw()
+
+    def prepare(
+        self,
+        *sizes: int,
+        cond: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> Sampler:
+        """Compile and capture for batches of these sizes now, the largest first.
+
+        The graphs of smaller batches then live in the memory of the largest one's.
+
+        Args:
+            sizes: numbers of samples.
+            cond: one row, as an example of the conditioning that will come.
+            guidance: see `__call__`.
+        """
+        for size in sorted(set(sizes), reverse=True):
+            rows = None if cond is None else cond[:1].expand(size, *cond.shape[1:])
+            for _ in range(self._loop.calls_to_prepare):
+                self(size, cond=rows, guidance=guidance)
+        return self
 
     def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
         if isinstance(n, SupportsIndex):
@@ -196,48 +295,3 @@ class Sampler:
         if self.shape is None:
             raise ValueError("give Sampler(shape=...) or call it with the whole shape (n, ...)")
         return (n, *self.shape)
-
-    def _batch(
-        self,
-        shape: tuple[int, ...],
-        key: NoiseKey,
-        first_sample: int,
-        cond: Tensor | None,
-        guidance: Guidance | None,
-    ) -> Tensor:
-        z = ops.noise(shape, key, stream=rng.SAMPLE, first_sample=first_sample)
-        p, null = self.parameterization, self.null_condition
-        if self.method == "ode":
-            return ode(
-                self.net,
-                p,
-                z,
-                times=self.times,
-                solver=self.solver,
-                cond=cond,
-                guidance=guidance,
-                null_condition=null,
-            )
-        return multistep(
-            self.net,
-            p,
-            z,
-            key,
-            times=self.times,
-            cond=cond,
-            guidance=guidance,
-            null_condition=null,
-            first_sample=first_sample,
-        )
-
-
-@contextmanager
-def eval_mode(net: nn.Module) -> Iterator[None]:
-    """The network in eval mode; afterwards every submodule is in the mode it was in."""
-    before = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MATHS = {"rng", "paths", "parameterization", "schedules", "losses", "ema", "reference"}
 BASE = {"checkpoint", "description", "files", "networks"}
+CARRY = {"graphs", "precision", "progress"}
 ALLOWED = {
     "kernels": set(),
     **{name: MATHS for name in MATHS},
@@ -38,11 +39,15 @@ ALLOWED = {
     "solvers": MATHS | {"ops", "guidance"},
     "sampling": MATHS | {"ops", "guidance", "solvers", "objectives"},
     "editing": {"sampling", "validation"},
+    "graphs": set(),
+    "precision": {"objectives"},
+    "progress": set(),
     "adapters": {"objectives"},
-    "sampler": MATHS | BASE | {"ops", "sampling"},
-    "evaluation": MATHS | {"ops", "data", "sampling", "sampler"},
+    "sampling_loop": MATHS | CARRY | {"objectives", "ops", "sampling"},
+    "sampler": MATHS | BASE | CARRY | {"guidance", "ops", "sampling", "sampling_loop"},
+    "evaluation": MATHS | {"ops", "data", "sampling", "sampling_loop"},
     "pictures": {"checkpoint"},
-    "training": MATHS | BASE | {"ops", "data", "objectives", "optim"},
+    "training": MATHS | BASE | CARRY | {"ops", "data", "objectives", "optim"},
     "recipes": MATHS | BASE | {"data", "objectives", "optim", "sampler", "training", "pictures"},
     "demo": {"checkpoint", "evaluation", "pictures", "recipes", "sampler", "training"},
     "cli": {
@@ -190,7 +195,7 @@ def test_wheel_built_from_the_sdist_imports_in_a_fresh_environment(tmp_path: Pat
     venv.create(home, with_pip=True, symlinks=True)
     python = home / "bin" / "python"
     subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True
+        [python, "-I", "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True
     )
     (site,) = home.glob("lib/python*/site-packages")
     # dependencies come from this environment: its own .pth files, an editable install, do not
@@ -203,6 +208,6 @@ def test_wheel_built_from_the_sdist_imports_in_a_fresh_environment(tmp_path: Pat
         "print(root.parent, pathlib.Path(launch.__file__).parent.parent.parent)"
     )
     out = subprocess.run(
-        [python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+        [python, "-I", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     ).stdout
     assert out.split() == [str(site), str(site)]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import fastcm
 from fastcm import ConsistencyDistillation, ConsistencyTraining, FlowMatching, NoiseKey, Trainer
+from fastcm.graphs import Graphed
 from fastcm.networks import MLP, DiT
 from fastcm.objectives.base import Loss
 from fastcm.training import graph as graph_module
 from fastcm.training.gradients import Gradients, compile_blocks
-from fastcm.training.graph import Graphed
 
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastcm.objectives.base import Batch, Network, Objective
+from fastcm.precision import Precision, autocast, check_precision
 from fastcm.rng import NoiseKey
 
 Compile = Literal["auto", "regional"] | bool
-Precision = Literal["fp32", "bf16"]
 
 # Compiling forward and backward takes tens of seconds on a small machine, so "auto" does not try
 # where the whole run is not worth more than a few times that.
@@ -52,8 +52,7 @@ class Gradients:
         accumulate: int = 1,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        check_precision(precision)
         if compile not in ("auto", "regional", True, False):
             raise ValueError(f"compile must be 'auto', 'regional', True or False, got {compile!r}")
         if accumulate < 1:
@@ -139,14 +138,12 @@ class Gradients:
             cond,
             input_dtype=torch.bfloat16 if bf16 else torch.float32,
         )
-        target_net = self.target_net
         net: Network = self.net
+        target_net: Network | None = self.target_net
         if bf16:
-            net = _autocast(self.net, x0.device.type)
-            target_net_: Network | None = target_net and _autocast(target_net, x0.device.type)
-        else:
-            target_net_ = target_net
-        return self.objective.loss(net, batch, target_net_).mean
+            net = autocast(net, x0.device.type)
+            target_net = target_net and autocast(target_net, x0.device.type)
+        return self.objective.loss(net, batch, target_net).mean
 
     def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
         with _undone(self.net, self._parameters, x0.device):
@@ -191,15 +188,6 @@ def compile_blocks(net: nn.Module) -> None:
             for child in module:
                 if kinds.count(type(child)) > 1 and any(True for _ in child.children()):
                     child.compile()
-
-
-def _autocast(net: nn.Module, device_type: str) -> Network:
-    def call(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16):
-            out: Tensor = net(x, t, cond)
-        return out
-
-    return call
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl always, a progress bar where there is a terminal."""
+"""What a run reports: metrics.jsonl, and how its numbers are read from the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -108,52 +107,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Progress:
-    """A progress bar with loss, it/s, img/s and time left; silent without rich or a terminal."""
-
-    def __init__(self, title: str, total: int, *, show: bool = True) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        if show and sys.stderr.isatty():
-            self._bar = _rich_bar()
-        if self._bar is not None:
-            self._task = self._bar.add_task(title, total=total, note="")
-        self._shown = 0.0
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Show the latest metrics beside the bar."""
-        if self._bar is None:
-            return
-        m = metrics
-        note = f"loss {m['loss']:.4f}  {m['it_s']:.1f} it/s  {m['img_s']:.0f} img/s"
-        self._bar.update(self._task, note=note)
-
-    def print(self, line: str) -> None:
-        """One line of text that does not tear the bar."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
 class Rate:
     """Steps per second since the last reading."""
 
@@ -167,20 +120,3 @@ class Rate:
         rate = steps / max(now - self._time, 1e-9)
         self._time, self._step = now, step
         return rate
-
-
-def _rich_bar() -> Any:
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-    except ImportError:
-        return None
-    return RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

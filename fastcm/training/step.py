@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastcm.data import DeviceData, Source
+from fastcm.graphs import Graphed, Side
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
 from fastcm.training.gradients import Gradients
-from fastcm.training.graph import Graphed
 from fastcm.training.update import Update
 
 Graph = Literal["auto", "step", "off"]
@@ -69,11 +69,12 @@ class Step:
             raise ValueError(f"graph='step' is not possible: {obstacle}")
         if graph != "off" and not obstacle:
             assert isinstance(optimizer, OneSweep)
+            self._side = Side(key.device)
             self._graphed = Graphed(
                 self._work,
-                optimizer.prepare,
-                gradients.net,
-                key.device,
+                self._side,
+                moved=optimizer.prepare,
+                obstacle=self._without_gradient,
                 must=graph == "step",
                 log=log,
             )
@@ -90,6 +91,14 @@ class Step:
             return "student and target share dropout masks, which a graph would draw anew"
         return None
 
+    def _without_gradient(self) -> str | None:
+        """Asked after some steps, before one is captured."""
+        parameters = self.gradients.net.named_parameters()
+        idle = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        if not idle:
+            return None
+        return f"no gradient reaches {', '.join(idle[:5])}, which a graph would never update"
+
     def __call__(self, step: int, *, remaining: int = 1) -> Tensor:
         """Take step number `step`; returns its loss, a 0-d device tensor that the next overwrites.
 
@@ -100,7 +109,7 @@ class Step:
         if self._graphed is None:
             self._feed(step, static=False)
             return self._work()
-        with self._graphed.stream():
+        with self._side():
             self._feed(step, static=True)
             return self._graphed()
 

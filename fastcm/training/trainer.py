@@ -16,15 +16,17 @@ from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
+from fastcm.precision import Precision
+from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
 from fastcm.schedules import intervals
 from fastcm.training.checkpoint import read
 from fastcm.training.checks import check_classes, check_teacher
 from fastcm.training.configuration import configuration
 from fastcm.training.finite import NON_FINITE_LIMIT, is_finite
-from fastcm.training.gradients import Compile, Gradients, Precision
+from fastcm.training.gradients import Compile, Gradients
 from fastcm.training.interrupt import StopSignals
-from fastcm.training.logging import MetricsFile, Progress, Rate, Reading, peak_memory
+from fastcm.training.logging import MetricsFile, Rate, Reading, peak_memory
 from fastcm.training.lr import Schedule, constant
 from fastcm.training.saving import Saving
 from fastcm.training.step import Graph, Step
@@ -294,7 +296,10 @@ class Trainer:
         self.metrics, self._reading = self._reading.values(), None
         self._metrics_file.write(self.metrics)
         if self._progress is not None:
-            self._progress.report(self.metrics)
+            m = self.metrics
+            self._progress.note(
+                f"loss {m['loss']:.4f}  {m['it_s']:.1f} it/s  {m['img_s']:.0f} img/s"
+            )
         self._emit("log")
 
     def _emit(self, event: str) -> None:

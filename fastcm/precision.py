@@ -1,0 +1,32 @@
+"""Networks in bfloat16, with float32 arithmetic around them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastcm.objectives.base import Network
+
+Precision = Literal["fp32", "bf16"]
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless it is one of `Precision`."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+
+
+def autocast(net: Network, device_type: str) -> Network:
+    """`net` with bfloat16 inputs, under autocast; its output is what autocast makes of it.
+
+    Autocast rather than bfloat16 copies of the weights: normalisations and time embeddings stay
+    float32 in any network, and averages that change in place need no second copy.
+    """
+
+    def call(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        with torch.autocast(device_type, torch.bfloat16):
+            return net(x.to(torch.bfloat16), t, cond)
+
+    return call
