@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import BACKENDS
+from recorded_graphs import RecordedGraph, recorded_graphs
 from torch import Tensor, nn
 
 import fastcm
 from fastcm import ConsistencyDistillation, ConsistencyTraining, FlowMatching, NoiseKey, Trainer
-from fastcm.graphs import Graphed
 from fastcm.networks import MLP, DiT
 from fastcm.objectives.base import Loss
-from fastcm.training import graph as graph_module
+from fastcm.optim import one_sweep
 from fastcm.training.gradients import Gradients, compile_blocks
 
+__all__ = ["recorded_graphs"]
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -180,125 +182,68 @@ def test_a_graph_is_refused_where_there_is_none() -> None:
         trainer(graph="on")
 
 
-class FakeGraph:
-    """Stands for torch.cuda.CUDAGraph: a replay does what the captured call did."""
-
-    work: Callable[[], Tensor]
-    capturing = False
-
-    def replay(self) -> None:
-        type(self).work()
-
-    def reset(self) -> None:
-        pass
-
-
-class FakeStream:
-    def synchronize(self) -> None:
-        pass
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def capture(graph: FakeGraph, **options: Any) -> Any:
-        FakeGraph.capturing = True
-        try:
-            yield
-        finally:
-            FakeGraph.capturing = False
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-
-
-def graphed(seconds: list[float], lines: list[str], **options: Any) -> tuple[Graphed, list[int]]:
-    """A step that counts itself, under a clock that goes by `seconds`."""
-    net = nn.Linear(1, 1)
-    for p in net.parameters():
-        p.grad = torch.zeros_like(p)
-    taken = [0, 0]  # steps, captures
-
-    def work() -> Tensor:
-        taken[FakeGraph.capturing] += 1
-        return torch.tensor(float(taken[0]))
-
-    FakeGraph.work = staticmethod(work)  # type: ignore[method-assign]
-    moved: list[bool] = options.pop("moved", [])
-    made = Graphed(
-        work,
-        lambda: moved.pop(0) if moved else False,
-        options.pop("net", net),
-        torch.device("cpu"),
-        must=options.pop("must", False),
-        log=lines.append,
-    )
-    ticks = iter(seconds)
-    made._clock = lambda: next(ticks)  # type: ignore[method-assign]
-    return made, taken
-
-
-def test_every_call_is_one_step_before_and_after_the_capture(fake_cuda: None) -> None:
-    lines: list[str] = []
-    step, taken = graphed([0.0, 1.0, 1.0, 1.5], lines)
-    for count in range(1, 41):
-        step()
-        assert taken[0] == count
-    assert taken[1] == 1
-    assert lines == ["graph: on, 100.00 ms replayed, 200.00 ms launched one by one"]
-
-
-def test_a_graph_that_is_not_faster_is_dropped(fake_cuda: None) -> None:
-    lines: list[str] = []
-    step, taken = graphed([0.0, 1.0, 1.0, 2.0], lines)
-    for count in range(1, 41):
-        loss = step()
-        assert taken[0] == count
-    assert loss == 40 and lines[0].startswith("graph: off, 200.00 ms replayed")
-    forced, taken = graphed([0.0, 1.0, 1.0, 2.0], lines, must=True)
-    for _ in range(40):
-        forced()
-    assert taken == [40, 1] and lines[1].startswith("graph: on")
-
-
-def test_a_graph_is_captured_again_when_memory_moved(fake_cuda: None) -> None:
-    # one answer after the capture, then one before each replay
-    step, taken = graphed([0.0, 1.0, 1.0, 1.5], [], moved=[True, False, False, True, True])
-    for count in range(1, 31):
-        step()
-        assert taken[0] == count
-    assert taken[1] == 2
-
-
-def test_parameters_without_gradient_keep_a_step_out_of_a_graph(fake_cuda: None) -> None:
-    net = nn.Linear(1, 1)
-    lines: list[str] = []
-    step, taken = graphed([0.0, 1.0], lines, net=net)
-    for _ in range(30):
-        step()
-    assert taken == [30, 0] and lines == [
-        "graph: off, no gradient reaches weight, bias, which a graph would never update"
+def captured(method: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Trainer]:
+    """A run whose steps are launched, and one whose steps are replayed."""
+    monkeypatch.setattr(one_sweep, "choose", BACKENDS["plain"])
+    objectives = {
+        "flow": FlowMatching(),
+        "ct": ConsistencyTraining(discretization=fastcm.schedules.ICTCurriculum(100)),
+        "cd": ConsistencyDistillation(teacher()),
+    }
+    schedule = fastcm.warmup_cosine(5, 60)
+    return [
+        trainer(objectives[method], graph=graph, lr_schedule=schedule, **options)
+        for graph in ("off", "step")
     ]
-    must, _ = graphed([0.0, 1.0], lines, net=net, must=True)
-    with pytest.raises(
-        ValueError, match="graph='step' is not possible: no gradient reaches weight"
-    ):
-        for _ in range(30):
-            must()
 
 
-def test_a_failed_capture_leaves_the_run_eager(
-    fake_cuda: None, monkeypatch: pytest.MonkeyPatch
+def state(t: Trainer) -> list[Tensor]:
+    nets = [t.net, *t.networks]
+    held = [p for net in nets for p in net.parameters()]
+    return [v.detach().clone() for v in [*held, t.key.tensor, t.update.counts]]
+
+
+@pytest.mark.parametrize("method", ["flow", "ct", "cd"])
+def test_a_replayed_run_is_bitwise_the_launched_one(
+    method: str, recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @contextmanager
-    def refuse(graph: FakeGraph, **options: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-        yield
+    """Across epochs, under learning rates, decays and N(k) that change in every step."""
+    launched, replayed = captured(method, monkeypatch)
+    for p, q in zip(*(state(t.fit(30)) for t in (launched, replayed))):
+        assert torch.equal(p, q)
+    assert recorded_graphs.made == 1 and recorded_graphs.replays == 14
+    assert launched.metrics["loss"] == replayed.metrics["loss"]
 
-    monkeypatch.setattr(graph_module.torch.cuda, "graph", refuse)
+
+def test_a_replayed_run_goes_on_from_a_load(
+    recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = captured("ct", monkeypatch)
+    for i, t in enumerate(runs):
+        t.fit(25).save(tmp_path / str(i))
+        t.fit(5)
+        t.load(tmp_path / str(i)).fit(7)
+    for p, q in zip(*map(state, runs)):
+        assert torch.equal(p, q)
+
+
+def test_micro_batches_and_host_batches_are_replayed_too(
+    recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options in ({"accumulate": 2}, {"data": list(DATA[:36].split(12))}):
+        for p, q in zip(*(state(t.fit(25)) for t in captured("ct", monkeypatch, **options))):
+            assert torch.equal(p, q)
+
+
+def test_a_parameter_without_gradient_keeps_a_step_out_of_a_graph(
+    recorded_graphs: type[RecordedGraph],
+) -> None:
+    class Idle(MLP):
+        def __init__(self) -> None:
+            super().__init__((3,), width=8, depth=1)
+            self.idle = nn.Parameter(torch.zeros(1))
+
     lines: list[str] = []
-    step, taken = graphed([0.0, 1.0], lines)
-    for _ in range(30):
-        step()
-    assert taken == [30, 0] and "it failed: RuntimeError: operation not permitted" in lines[0]
+    t = trainer(FlowMatching(), Idle(), graph="auto", log=lines.append).fit(25)
+    assert t.step == 25 and recorded_graphs.made == 0
+    assert lines == ["graph: off, no gradient reaches idle, which a graph would never update"]

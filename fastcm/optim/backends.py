@@ -202,3 +202,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
         return Triton()
     library = native.load(dtype) if device.type == "cpu" else None
     return Plain() if library is None else Native(library)
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: what is sent from the host now would be frozen."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

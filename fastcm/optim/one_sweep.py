@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fastcm.ema import Average
 from fastcm.optim import sharding
 from fastcm.optim.averages import Live, alive, swapped
-from fastcm.optim.backends import Backend, choose
+from fastcm.optim.backends import Backend, choose, is_capturing
 from fastcm.optim.layout import Layout
 from fastcm.optim.state import (
     IMPLEMENTATION,
@@ -106,8 +106,7 @@ class OneSweep(Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _step(self) -> None:
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        layout, tables, backend = self._prepare(upload=not capturing)
+        layout, tables, backend = self._prepare(upload=not is_capturing())
         for slot in tables.staged:
             layout.follow(slot)
         for buffer, gradient in tables.copied:

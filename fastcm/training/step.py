@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastcm import graphs
 from fastcm.data import DeviceData, Source
 from fastcm.graphs import Graphed, Side
 from fastcm.optim.one_sweep import OneSweep
@@ -81,7 +82,7 @@ class Step:
 
     def _obstacle(self) -> str | None:
         """Why this step cannot be a CUDA graph."""
-        if self.key.device.type != "cuda":
+        if not graphs.available(self.key.device):
             return f"the run is on {self.key.device.type}, a CUDA graph needs a GPU"
         if not isinstance(self._optimizer, OneSweep):
             return (
@@ -119,8 +120,11 @@ class Step:
             self.source.prepare(step * self.batch_size, self.batch_size)
             return
         x0, cond = self.source.draw(step, self.batch_size)
-        if not static or self._static is None:
+        if not static:
             self._static = (x0, cond)
+            return
+        if self._static is None:  # copies: a source may hand out what it goes on holding
+            self._static = (x0.clone(), None if cond is None else cond.clone())
             return
         held, held_cond = self._static
         if (

@@ -1,0 +1,164 @@
+"""When work becomes a CUDA graph, when it is captured anew, and when it is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from recorded_graphs import RecordedGraph, recorded_graphs
+from torch import Tensor
+
+from fastcm.graphs import CALLS_TO_DECIDE, GraphCache, Graphed, Side, device_lock
+
+__all__ = ["recorded_graphs"]
+CPU = torch.device("cpu")
+
+
+class Counter:
+    """Work that counts on the device, and its runs as Python."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(())
+        self.runs = 0
+
+    def __call__(self) -> Tensor:
+        self.runs += 1
+        return self.total.add_(1) * 1
+
+
+def graphed(launched: float, replayed: float, **options: Any) -> tuple[Graphed, Counter, list[str]]:
+    """Work under a clock that shows these seconds for a call."""
+    work, lines = Counter(), []  # type: ignore[var-annotated]
+    made = Graphed(
+        work, Side(CPU), **{"must": False, "log": lines.append, "warmup": 2, "timed": 3, **options}
+    )
+
+    def clocked(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        return call(), launched if call is work else replayed
+
+    made._clocked = clocked  # type: ignore[method-assign]
+    return made, work, lines
+
+
+def test_every_call_counts_once_and_the_faster_way_stays(
+    recorded_graphs: type[RecordedGraph],
+) -> None:
+    call, work, lines = graphed(0.2, 0.1)
+    for _ in range(5):
+        call()
+    assert work.runs == 5 and work.total == 5
+    for _ in range(20):
+        result = call()
+    assert work.runs == 6 and recorded_graphs.replays == 20  # the capture is the sixth run
+    assert result == work.total == 25
+    assert lines == ["graph: on, 100.00 ms replayed, 200.00 ms launched one by one"]
+
+
+def test_a_graph_that_is_not_faster_is_dropped(recorded_graphs: type[RecordedGraph]) -> None:
+    call, work, lines = graphed(0.1, 0.2)
+    results = [call() for _ in range(30)]
+    assert recorded_graphs.replays == 1 + 3 and work.runs == 30 - 4 + 1
+    assert [int(r) for r in results[8:]] == list(range(9, 31))  # the last replay's is its own
+    assert lines[0].startswith("graph: off, 200.00 ms replayed")
+    forced, work, lines = graphed(0.1, 0.2, must=True)
+    for _ in range(30):
+        forced()
+    assert work.runs == 6 and lines[0].startswith("graph: on")
+
+
+def test_a_graph_is_captured_again_when_memory_moved(recorded_graphs: type[RecordedGraph]) -> None:
+    answers = [True, False, False, True, True]  # after a capture, then before each replay
+    call, work, _ = graphed(0.2, 0.1, moved=lambda: answers.pop(0) if answers else False)
+    for _ in range(30):
+        call()
+    assert recorded_graphs.made == 2 and work.runs == 5 + 2
+
+
+def test_an_obstacle_keeps_work_out_of_a_graph(recorded_graphs: type[RecordedGraph]) -> None:
+    reason = "no gradient reaches weight"
+    call, work, lines = graphed(0.2, 0.1, obstacle=lambda: reason)
+    for _ in range(30):
+        call()
+    assert work.runs == 30 and lines == [f"graph: off, {reason}"]
+    must, _, _ = graphed(0.2, 0.1, obstacle=lambda: reason, must=True)
+    with pytest.raises(ValueError, match=f"a CUDA graph is not possible: {reason}"):
+        for _ in range(30):
+            must()
+
+
+def test_a_failed_capture_leaves_the_work_eager(
+    recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def refuse(graph: object, **options: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    call, work, lines = graphed(0.2, 0.1)
+    for _ in range(30):
+        call()
+    assert work.runs == 30 and "it failed: RuntimeError: operation not permitted" in lines[0]
+
+
+def cache(**options: Any) -> GraphCache:
+    options = {"moved": lambda: lambda: False, "must": True, "log": lambda line: None, **options}
+    return GraphCache(CPU, **options)
+
+
+def double(x: Tensor, y: Tensor | None) -> Tensor:
+    return 2 * x if y is None else 2 * x + y
+
+
+def test_a_cache_replays_with_the_inputs_of_each_call(recorded_graphs: type[RecordedGraph]) -> None:
+    held = cache()
+    for i in range(CALLS_TO_DECIDE + 3):
+        x = torch.full((3,), float(i))
+        assert torch.equal(held("double", double, x, None), 2 * x)
+        assert torch.equal(held("double", double, x, x), 3 * x)
+    assert recorded_graphs.made == 2 and recorded_graphs.replays > 10
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda held, x: held("another", double, x, None),
+        lambda held, x: held("double", double, x[:2], None),
+        lambda held, x: held("double", double, x.double(), None),
+        lambda held, x: held("double", double, x, x),
+    ],
+    ids=["name", "shape", "dtype", "input"],
+)
+def test_what_a_graph_depends_on_makes_another(
+    recorded_graphs: type[RecordedGraph], other: Callable[[GraphCache, Tensor], Tensor]
+) -> None:
+    held, x = cache(), torch.ones(3)
+    for _ in range(CALLS_TO_DECIDE):
+        held("double", double, x, None)
+        other(held, x)
+    assert recorded_graphs.made == 2
+
+
+def test_the_least_recently_used_graph_goes(recorded_graphs: type[RecordedGraph]) -> None:
+    held = cache(capacity=2)
+    a, b, c = (torch.ones(n) for n in (1, 2, 3))
+    for x in (a, b):
+        for _ in range(CALLS_TO_DECIDE):
+            held("double", double, x, None)
+    held("double", double, a, None)
+    held("double", double, c, None)  # takes the place of b
+    made = recorded_graphs.made
+    for _ in range(3):
+        assert torch.equal(held("double", double, a, None), 2 * a)
+    assert recorded_graphs.made == made == 2
+    for _ in range(CALLS_TO_DECIDE):
+        held("double", double, b, None)
+    assert recorded_graphs.made == 3
+
+
+def test_there_is_one_lock_for_a_device() -> None:
+    assert device_lock(CPU) is device_lock(torch.device("cpu"))
+    assert device_lock(CPU) is not device_lock(torch.device("meta"))
