@@ -193,12 +193,8 @@ class Sampler:
             ValueError, TypeError: n < 0, seed or first_sample out of range, unknown sample shape,
                 cond of another length, guidance without cond or null_condition.
         """
-        shape = self._full_shape(n)
+        shape = self._checked(n, seed, first_sample, cond)
         n = shape[0]
-        NoiseKey(seed, first_sample=first_sample)  # the ranges
-        if first_sample + n > 2**32:
-            raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {n}")
-        check_rows(cond, n)
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
         out = torch.empty(shape, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self._loop.has_few_shapes):
@@ -224,8 +220,8 @@ class Sampler:
             total: how many.
             batch: samples in each of the tensors but the last; default `batch_size`.
             seed, first_sample, guidance: see `__call__`.
-            cond: `total` rows, or a function of (first, count) that returns the rows of samples
-                first .. first + count - 1, as they are counted from `first_sample`.
+            cond: `total` rows, or a function of (index, count) that returns the rows of samples
+                index .. index + count - 1, counted as `first_sample` is.
             progress: show a bar where there is a terminal.
 
         Returns:
@@ -237,24 +233,18 @@ class Sampler:
         batch = self.batch_size if batch is None else batch
         if batch < 1:
             raise ValueError(f"batch must be >= 1, got {batch}")
-        self._full_shape(total)
-        if isinstance(cond, Tensor):
-            check_rows(cond, total)
+        self._checked(total, seed, first_sample, None if callable(cond) else cond)
+        if guidance is not None:
+            guidance = guidance_weights(guidance, self.times)
 
         def draw() -> Iterator[Tensor]:
             with Progress("sampling", total, show=progress) as bar:
                 for at in range(0, total, batch):
-                    count = min(batch, total - at)
-                    rows = cond(at, count) if callable(cond) else cond
-                    if isinstance(cond, Tensor):
-                        rows = cond[at : at + count]
-                    yield self(
-                        count,
-                        seed=seed,
-                        first_sample=first_sample + at,
-                        cond=rows,
-                        guidance=guidance,
-                    )
+                    count, index = min(batch, total - at), first_sample + at
+                    rows = cond[at : at + count] if isinstance(cond, Tensor) else None
+                    if callable(cond):
+                        rows = cond(index, count)
+                    yield self(count, seed=seed, first_sample=index, cond=rows, guidance=guidance)
                     bar.advance(count)
 
         return draw()
@@ -279,6 +269,17 @@ class Sampler:
             for _ in range(self._loop.calls_to_prepare):
                 self(size, cond=rows, guidance=guidance)
         return self
+
+    def _checked(
+        self, n: int | Sequence[int], seed: int, first_sample: int, cond: Tensor | None
+    ) -> tuple[int, ...]:
+        """The shape of n samples, if they can be asked for."""
+        shape = self._full_shape(n)
+        NoiseKey(seed, first_sample=first_sample)  # the ranges
+        if first_sample + shape[0] > 2**32:
+            raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
+        check_rows(cond, shape[0])
+        return shape
 
     def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
         if isinstance(n, SupportsIndex):
