@@ -113,6 +113,29 @@ class DeviceData:
         }
 
 
+class Upload:
+    """Copies host tensors to a device, on a GPU beside what is being computed there.
+
+    The host runs ahead of a GPU, so the copy for a step overlaps with the step before it.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, host: Tensor) -> Tensor:
+        if self._device.type != "cuda" or host.device.type != "cpu":
+            return host.to(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            copy = host.pin_memory().to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        copy.record_stream(current)  # its memory is not given to another copy too early
+        return copy
+
+
 _ARRAYS = (Tensor, np.ndarray)
 _END = object()
 
@@ -125,13 +148,13 @@ class IterableData:
 
     Args:
         iterable: yields x or (x, cond), tensors or arrays; for example a DataLoader.
-        device: where the batches are moved, without blocking.
+        device: where the batches are moved, see `Upload`.
     """
 
     def __init__(self, iterable: Iterable[object], device: torch.device | str) -> None:
         self._iterable = iterable
         self._iterator: Iterator[object] | None = None
-        self._device = device
+        self._upload = Upload(device)
         self._step = 0
         self._layout: tuple[object, ...] | None = None
 
@@ -151,8 +174,7 @@ class IterableData:
             self._step += 1
             if self._step > step:
                 break
-        x = x.to(self._device, non_blocking=True)
-        return x, None if cond is None else cond.to(self._device, non_blocking=True)
+        return self._upload(x), None if cond is None else self._upload(cond)
 
     def describe(self) -> dict[str, object]:
         return {"iterable": type(self._iterable).__name__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastcm
 from fastcm import ops, rng
-from fastcm.networks import MLP
+from fastcm.networks import MLP, UNet
 from fastcm.ops import Denoised, Noised
 
 pytestmark = pytest.mark.gpu
@@ -92,8 +93,9 @@ def trainer(objective: Any, device: str, **options: Any) -> fastcm.Trainer:
     torch.manual_seed(0)
     net = MLP(shape=(3, 4, 4), width=16, depth=1)
     data = torch.arange(64 * 48, dtype=torch.uint8).reshape(64, 3, 4, 4)
-    options = {"batch_size": 24, "compile": False, "graph": "off", "progress": False, **options}
-    return fastcm.Trainer(net, objective, data=data, device=device, **options)
+    defaults = {"batch_size": 24, "compile": False, "graph": "off", "progress": False}
+    options = {"data": data, **defaults, **options}
+    return fastcm.Trainer(net, objective, device=device, **options)
 
 
 @pytest.mark.parametrize("method", ["flow", "ct", "cd"])
@@ -141,6 +143,18 @@ def test_a_captured_run_is_bitwise_the_launched_one(method: str, compile: bool) 
         for graph in ("off", "step")
     ]
     for p, q in zip(*map(weights, runs)):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("graph", ["off", "step"])
+def test_batches_that_come_from_the_host_train_like_those_of_the_device(graph: str) -> None:
+    """Copied on a stream of their own, while the step before is computed."""
+    data = torch.randint(256, (480, 3, 4, 4), dtype=torch.uint8)
+    runs = [
+        trainer(_copy("ct"), "cuda", graph=graph, data=[part.to(device) for part in data.split(24)])
+        for device in ("cpu", "cuda")
+    ]
+    for p, q in zip(*(weights(t.fit(60)) for t in runs)):
         assert torch.equal(p, q)
 
 
@@ -233,3 +247,85 @@ def test_noise_of_a_large_batch_agrees_with_the_cpu() -> None:
     assert isinstance(z, Tensor)
     error = (z.cpu().double() - on_cpu).abs()
     assert error.max() <= 1e-3 and (error > 4e-6).double().mean() < 2e-3
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "one step": {"steps": 1},
+    "four steps": {"steps": 4},
+    "ten steps": {"steps": 10},
+    "heun": {"method": "ode", "solver": "heun", "steps": 4},
+    "dpmpp_2m, long": {"method": "ode", "solver": "dpmpp_2m", "steps": 12},
+}
+
+
+def unet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = UNet(3, 32, (1, 2), num_res_blocks=1, num_classes=4).cuda()
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    return net
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_replayed_samples_are_the_launched_ones(loop: str, precision: Any, compile: bool) -> None:
+    net = unet()
+    launched, replayed = (
+        fastcm.Sampler(
+            net,
+            fastcm.Linear(),
+            shape=(3, 16, 16),
+            null_condition=4,
+            precision=precision,
+            compile=compile,
+            graph=graph,
+            **LOOPS[loop],
+        )
+        for graph in ("off", "on")
+    )
+    launched._loop.has_few_shapes = True  # the same batch shapes: the same sums
+    for i in range(12):
+        cond = (torch.arange(11) + i) % 4
+        call: dict[str, Any] = {"seed": i, "first_sample": 5 * i, "cond": cond, "guidance": 1.5}
+        assert torch.equal(launched(11, **call), replayed(11, **call))
+
+
+def test_a_replay_sees_weights_that_change_in_place_or_move() -> None:
+    net = unet()
+    options: dict[str, Any] = {"shape": (3, 16, 16), "steps": 2}
+    replayed = fastcm.Sampler(net, fastcm.Linear(), graph="on", **options).prepare(8)
+    launched = fastcm.Sampler(net, fastcm.Linear(), graph="off", **options)
+    for change in (lambda p: p.data.mul_(0.9), lambda p: setattr(p, "data", p.data.clone() * 0.9)):
+        for p in net.parameters():
+            change(p)
+        assert torch.equal(replayed(8, seed=1), launched(8, seed=1))
+
+
+def test_a_replayed_batch_never_waits_for_the_device() -> None:
+    replayed = fastcm.Sampler(unet(), fastcm.Linear(), graph="on", shape=(3, 16, 16)).prepare(8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(3):
+            replayed(8, seed=i)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_threads_share_a_sampler_with_graphs() -> None:
+    net = unet()
+    options: dict[str, Any] = {"shape": (3, 16, 16), "steps": 2, "batch_size": 8}
+    replayed = fastcm.Sampler(net, fastcm.Linear(), graph="on", **options).prepare(8)
+    expected = [replayed(8, seed=i) for i in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+
+        def draw(i: int) -> Tensor:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                x = replayed(8, seed=i)
+                torch.cuda.current_stream().synchronize()
+            return x
+
+        for x, y in zip(pool.map(draw, range(16)), expected):
+            assert torch.equal(x, y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastcm import checkpoint
+from fastcm.training.logging import Reading
 
 if TYPE_CHECKING:
     from fastcm.training.trainer import Trainer
@@ -16,19 +17,46 @@ class NonFiniteError(RuntimeError):
     """The loss or its gradient was not finite for many steps in a row."""
 
 
-def is_finite(trainer: Trainer, steps: int) -> bool:
-    """Whether the last gradient was; raises where too many in a row, or all of a fit, were not.
+class Watch:
+    """Stops a fit whose gradients are no numbers.
 
     What fails is not saved, so that a checkpoint from before it stays.
+
+    Args:
+        trainer: that fits.
+        steps: that it is to take.
     """
-    in_a_row = int(trainer.update.counts[2].item())
-    if in_a_row >= NON_FINITE_LIMIT or 1 < steps <= in_a_row:
-        run = trainer.directory
-        saved = checkpoint.list_checkpoints(run) if run is not None else []
-        raise NonFiniteError(
-            f"the gradient was not finite for {in_a_row} steps in a row, up to step "
-            f"{trainer.step}; those steps changed nothing"
-            + (f"; the last good checkpoint is {saved[0]}" if saved else "")
-            + ". Lower the learning rate, or look for NaN in data and network output"
-        )
-    return in_a_row == 0
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self._trainer, self._steps = trainer, steps
+        self._reading: Reading | None = None
+
+    def in_passing(self) -> None:
+        """Look at the counts of every 20th step once they have arrived; does not wait."""
+        if self._trainer.step % NON_FINITE_LIMIT == 0:
+            self._reading = self._read()
+        if self._reading is not None and self._reading.arrived:
+            reading, self._reading = self._reading, None
+            self._judge(reading)
+
+    def now(self) -> bool:
+        """Whether the last gradient was finite; waits for the device."""
+        return self._judge(self._read())
+
+    def _read(self) -> Reading:
+        counts = {"in_a_row": self._trainer.update.counts[2]}
+        return Reading({"step": self._trainer.step}, counts)
+
+    def _judge(self, reading: Reading) -> bool:
+        values = reading.values()
+        step, in_a_row = values["step"], int(values["in_a_row"])
+        if in_a_row >= NON_FINITE_LIMIT or 1 < self._steps <= in_a_row:
+            run = self._trainer.directory
+            saved = checkpoint.list_checkpoints(run) if run is not None else []
+            raise NonFiniteError(
+                f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
+                "those steps changed nothing"
+                + (f"; the last good checkpoint is {saved[0]}" if saved else "")
+                + ". Lower the learning rate, or look for NaN in data and network output"
+            )
+        return in_a_row == 0

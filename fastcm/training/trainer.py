@@ -23,7 +23,7 @@ from fastcm.schedules import intervals
 from fastcm.training.checkpoint import read
 from fastcm.training.checks import check_classes, check_teacher
 from fastcm.training.configuration import configuration
-from fastcm.training.finite import NON_FINITE_LIMIT, is_finite
+from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
 from fastcm.training.interrupt import StopSignals
 from fastcm.training.logging import MetricsFile, Rate, Reading, peak_memory
@@ -228,7 +228,7 @@ class Trainer:
         if steps == 0:
             return self
         self.net.train()
-        end, rate = self.step + steps, Rate()
+        end, rate, watch = self.step + steps, Rate(), Watch(self, steps)
         rate.read(self.step)
         title = type(self.objective).__name__
         with (
@@ -246,8 +246,10 @@ class Trainer:
                     self._measure(loss, rate)
                 save = self._saving.is_due(self.step) or (last and self.directory is not None)
                 self._report(wait=save or last)  # a resumed run does not repeat these steps
-                if save or self.step % NON_FINITE_LIMIT == 0 or last:
-                    save = is_finite(self, steps) and save
+                if save or last:
+                    save = watch.now() and save
+                else:
+                    watch.in_passing()
                 if save:
                     self._saving.begin()
                 self._saving.tell()
