@@ -34,8 +34,8 @@ def export_sampler(
     """A sampler as a program of aten operators: for `torch.export.save` or AOTInductor.
 
     ``program.module()(key)``, or ``(key, cond)``, is ``sampler(n, seed=..., first_sample=...,
-    cond=cond, guidance=guidance)`` for key = (seed, 0, first_sample), computed as one batch and
-    without gradient. Saved and loaded, it needs torch alone.
+    cond=cond, guidance=guidance)`` for key = (seed, 0, first_sample), in the sampler's precision,
+    as one batch and without gradient. Saved and loaded, it needs torch alone.
 
     Args:
         sampler: with a `shape`. Its network is traced in eval mode and left in the mode it was in;
