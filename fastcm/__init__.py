@@ -13,6 +13,7 @@ from fastcm.data import Dataset as Dataset
 from fastcm.ema import EMA as EMA
 from fastcm.ema import CurriculumEMA as CurriculumEMA
 from fastcm.ema import PowerEMA as PowerEMA
+from fastcm.export import export_sampler as export_sampler
 from fastcm.objectives import Batch as Batch
 from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation
 from fastcm.objectives import ConsistencyTraining as ConsistencyTraining

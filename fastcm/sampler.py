@@ -107,6 +107,7 @@ class Sampler:
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
         self.batch_size = batch_size
+        self.precision = precision
         self._loop = Loop(
             self.net,
             self.parameterization,

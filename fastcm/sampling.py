@@ -50,6 +50,7 @@ def multistep(
     first_sample: int = 0,
     start: Tensor | None = None,
     constraint: Constraint | None = None,
+    levels: Sequence[solvers.Level] | None = None,
 ) -> Tensor:
     """Consistency sampling: denoise, add fresh noise down to the next time, denoise again.
 
@@ -67,13 +68,16 @@ def multistep(
         start: data ``[B, ...]`` that is edited: the first state is alpha start + sigma z; default
             pure noise.
         constraint: applied to every x0, also the last; see `fastcm.editing`.
+        levels: ``solvers.levels(path, times)`` where it is known: traced code (torch.export) cannot
+            read it from tensors.
 
     Returns:
         Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
 
     Raises:
         ValueError, TypeError: times that do not descend or leave the path, cond or guidance that
-            does not fit, start or a constraint's result of another shape than z.
+            does not fit, start or a constraint's result of another shape than z, levels of other
+            times.
 
     Source: seed eq. 11; Song et al. 2023, algorithms 1 and 4 (noise sqrt(t^2 - t_min^2) where
     sigma(t_min) > 0).
@@ -88,9 +92,9 @@ def multistep(
         raise ValueError(f"start must have the shape of z, {list(z.shape)}, got {shown}")
     if z.shape[0] == 0:
         return torch.empty_like(z)
-    *levels, end = solvers.levels(p, times)
-    x = _first_state(z, levels[0], start)
-    for j, (at, to) in enumerate(pairwise(levels)):
+    *steps, end = _levels(p, times, levels)
+    x = _first_state(z, steps[0], start)
+    for j, (at, to) in enumerate(pairwise(steps)):
         out = evaluate(x, j)
         alpha, sigma = rows(x, to.alpha), rows(x, math.sqrt(to.sigma**2 - end.sigma**2))
         stream = rng.SAMPLE + j + 1
@@ -104,7 +108,7 @@ def multistep(
             state = ops.noising(x0, alpha, sigma, key, stream=stream, first_sample=first_sample)
             assert isinstance(state, Tensor)
             x = state
-    x0 = evaluate(x, len(levels) - 1).map(x, levels[-1].a, levels[-1].b)
+    x0 = evaluate(x, len(steps) - 1).map(x, steps[-1].a, steps[-1].b)
     return x0 if constraint is None else _constrained(constraint, x0)
 
 
@@ -141,12 +145,13 @@ def ode(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    levels: Sequence[solvers.Level] | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from times[0] down to t_min.
 
     Args:
-        net, path, z, cond, guidance, null_condition: see `multistep`. Heun's second evaluation
-            takes the weight of the time it is at.
+        net, path, z, cond, guidance, null_condition, levels: see `multistep`. Heun's second
+            evaluation takes the weight of the time it is at.
         times: descending, in (t_min, t_max]; t_min is appended as the end.
         solver: "euler", "ddim" or "dpmpp_2m": ``len(times)`` evaluations; "heun": twice that less
             one. On `VariancePreserving` take "ddim" or "dpmpp_2m": in its t the velocity is
@@ -169,7 +174,7 @@ def ode(
     )
     if z.shape[0] == 0:
         return torch.empty_like(z)
-    levels = solvers.levels(p, times)
+    levels = _levels(p, times, levels)
     return SOLVERS[solver](evaluate, _first_state(z, levels[0]), levels)
 
 
@@ -233,6 +238,19 @@ def _ternary(score: Callable[[int], float], low: int, high: int) -> int:
             low += third
     best: int = min({*range(low, high + 1), *seen}, key=lambda k: (at(k), k))
     return best
+
+
+def _levels(
+    p: Parameterization, times: Sequence[float], known: Sequence[solvers.Level] | None
+) -> Sequence[solvers.Level]:
+    if known is None:
+        return solvers.levels(p, times)
+    if [level.t for level in known] != [*times, p.path.t_min]:
+        raise ValueError(
+            f"levels must be those of the times {list(times)} and of t_min, got levels at "
+            f"{[level.t for level in known]}"
+        )
+    return known
 
 
 def _first_state(z: Tensor, at: solvers.Level, start: Tensor | None = None) -> Tensor:

@@ -45,6 +45,7 @@ ALLOWED = {
     "adapters": {"objectives"},
     "sampling_loop": MATHS | CARRY | {"objectives", "ops", "sampling"},
     "sampler": MATHS | BASE | CARRY | {"guidance", "ops", "sampling", "sampling_loop"},
+    "export": MATHS | {"dispatch", "guidance", "precision", "sampler", "sampling", "solvers"},
     "evaluation": MATHS | {"ops", "data", "sampling", "sampling_loop"},
     "pictures": {"checkpoint"},
     "training": MATHS | BASE | CARRY | {"ops", "data", "objectives", "optim"},
@@ -67,9 +68,8 @@ NAMES = {
     "AdamW", "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyTraining",
     "CurriculumEMA", "Dataset", "EMA", "FlowMatching", "Linear", "Loss", "NoiseKey",
     "NonFiniteError", "Parameterization", "PowerEMA", "RAdam", "Rescaled", "Sampler", "Trainer",
-    "TrigFlow", "VarianceExploding", "VariancePreserving", "editing", "evaluation", "losses",
-    "networks", "ops", "rng", "sampling", "schedules",
-    "warmup_cosine",
+    "TrigFlow", "VarianceExploding", "VariancePreserving", "editing", "evaluation",
+    "export_sampler", "losses", "networks", "ops", "rng", "sampling", "schedules", "warmup_cosine",
 }  # fmt: skip
 
 

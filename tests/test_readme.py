@@ -49,10 +49,20 @@ def test_the_gradients_in_a_loop_of_ones_own() -> None:
     assert torch.isfinite(scope["loss"])
 
 
+def test_the_exported_sampler_draws_what_the_sampler_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(BLOCKS[3], scope)
+    expected = scope["sampler"](64, seed=7, first_sample=128)
+    torch.testing.assert_close(scope["x"], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_objective_of_the_readme_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "readme_objective.py").write_text(BLOCKS[3])
+    (tmp_path / "readme_objective.py").write_text(BLOCKS[4])
     monkeypatch.syspath_prepend(tmp_path)
     objective = importlib.import_module("readme_objective").Denoising()
     torch.manual_seed(0)
