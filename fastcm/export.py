@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fastcm import reference, rng, solvers
+from fastcm import reference, rng
 from fastcm.dispatch import closed
 from fastcm.guidance import Guidance, evaluator, guidance_weights
-from fastcm.precision import autocast
 from fastcm.rng import NoiseKey
-from fastcm.sampler import Sampler, eval_mode
-from fastcm.sampling import multistep, ode
+from fastcm.sampler import Sampler
+from fastcm.sampling_loop import eval_mode
 
 
 def export_sampler(
@@ -82,32 +81,21 @@ def export_sampler(
 
 
 class _Program(nn.Module):
-    """The sampler as a function of tensors; what is read from tensors is read before."""
+    """The sampler as a function of tensors."""
 
     def __init__(
-        self, sampler: Sampler, shape: tuple[int, ...], guidance: Sequence[float] | None
+        self, sampler: Sampler, shape: tuple[int, ...], weights: Sequence[float] | None
     ) -> None:
         super().__init__()
         self.net = sampler.net
-        self.sampler = sampler
+        self.loop = sampler.loop
         self.shape = shape
-        self.guidance = guidance
-        self.levels = solvers.levels(sampler.parameterization, sampler.times)
+        self.weights = weights
 
     def forward(self, key: Tensor, cond: Tensor | None = None) -> Tensor:
-        noise_key, s = NoiseKey.wrap(key), self.sampler
-        net = autocast(self.net, key.device.type) if s.precision == "bf16" else self.net
+        noise_key = NoiseKey.wrap(key)
         z = reference.noise(self.shape, noise_key, stream=rng.SAMPLE)
-        settings: dict[str, Any] = {
-            "times": s.times,
-            "cond": cond,
-            "guidance": self.guidance,
-            "null_condition": s.null_condition,
-            "levels": self.levels,
-        }
-        if s.method == "ode":
-            return ode(net, s.parameterization, z, solver=s.solver, **settings)
-        return multistep(net, s.parameterization, z, noise_key, **settings)
+        return self.loop.solve(self.loop.eager, z, noise_key, cond, self.weights)
 
 
 def _boundary(*arguments: Any) -> Tensor:

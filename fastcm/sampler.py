@@ -22,7 +22,6 @@ from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
 from fastcm.sampling import SOLVERS, SolverName, as_parameterization, check_descending
 from fastcm.sampling_loop import Graph, Loop, batches, padded
-from fastcm.sampling_loop import eval_mode as eval_mode
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
 
@@ -107,8 +106,7 @@ class Sampler:
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
         self.batch_size = batch_size
-        self.precision = precision
-        self._loop = Loop(
+        self.loop = Loop(
             self.net,
             self.parameterization,
             self.times,
@@ -198,10 +196,10 @@ class Sampler:
         n = shape[0]
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
         out = torch.empty(shape, device=self.device)
-        for start, end, size in batches(n, self.batch_size, few_shapes=self._loop.has_few_shapes):
+        for start, end, size in batches(n, self.batch_size, few_shapes=self.loop.has_few_shapes):
             key = NoiseKey(seed, first_sample=first_sample + start)
             rows = None if cond is None else padded(cond[start:end].to(self.device), size)
-            self._loop(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
+            self.loop(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
         return out
 
     def stream(
@@ -267,7 +265,7 @@ class Sampler:
         """
         for size in sorted(set(sizes), reverse=True):
             rows = None if cond is None else cond[:1].expand(size, *cond.shape[1:])
-            for _ in range(self._loop.calls_to_prepare):
+            for _ in range(self.loop.calls_to_prepare):
                 self(size, cond=rows, guidance=guidance)
         return self
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastcm import graphs, ops, rng
+from fastcm import graphs, ops, rng, solvers
 from fastcm.objectives.base import Network
 from fastcm.parameterization import Parameterization
 from fastcm.precision import Precision, autocast
@@ -42,11 +42,12 @@ class Loop:
         log: Callable[[str], None],
     ) -> None:
         self._net, self._p, self._times = net, p, times
+        self._levels = solvers.levels(p, times)
         self._method, self._solver = method, solver
         self._null = null_condition
         self._device = device
-        network: Network = autocast(net, device.type) if precision == "bf16" else net
-        self._network: Network = torch.compile(network) if compile else network
+        self.eager: Network = autocast(net, device.type) if precision == "bf16" else net
+        self._network: Network = torch.compile(self.eager) if compile else self.eager
         self._cache: graphs.GraphCache | None = None
         possible = graphs.available(device)
         if graph == "on" and not possible:
@@ -108,27 +109,27 @@ class Loop:
         key = NoiseKey.wrap(key_tensor)
         with eval_mode(self._net):
             z = ops.noise(shape, key, stream=rng.SAMPLE)
-            if self._method == "multistep":
-                return multistep(
-                    net,
-                    self._p,
-                    z,
-                    key,
-                    times=self._times,
-                    cond=cond,
-                    guidance=weights,
-                    null_condition=self._null,
-                )
-            return ode(
-                net,
-                self._p,
-                z,
-                times=self._times,
-                solver=self._solver,
-                cond=cond,
-                guidance=weights,
-                null_condition=self._null,
-            )
+            return self.solve(net, z, key, cond, weights)
+
+    def solve(
+        self,
+        net: Network,
+        z: Tensor,
+        key: NoiseKey,
+        cond: Tensor | None,
+        weights: Sequence[float] | None,
+    ) -> Tensor:
+        """Samples from noise z, by `net` in place of the network."""
+        settings: dict[str, Any] = {
+            "times": self._times,
+            "cond": cond,
+            "guidance": weights,
+            "null_condition": self._null,
+            "levels": self._levels,
+        }
+        if self._method == "ode":
+            return ode(net, self._p, z, solver=self._solver, **settings)
+        return multistep(net, self._p, z, key, **settings)
 
 
 class Addresses:
