@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcm import __version__, demo, recipes
-from fastcm.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
+from fastcm.checkpoint import RUN_STATE, load_newest
+from fastcm.cli_sample import sample
 from fastcm.data import as_source
 from fastcm.description import differences
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
 from fastcm.recipes import Recipe, open_run, sample_pictures
+from fastcm.sample_folder import labels
 from fastcm.sampler import Sampler
 from fastcm.training import NonFiniteError
 
@@ -140,67 +142,7 @@ def _resuming(command: list[str]) -> str:
     return shlex.join([*start, *arguments, *more])
 
 
-@app.command()
-def sample(
-    run: Annotated[Path, typer.Argument(help="directory of a run")],
-    out: Annotated[Path, typer.Option(help=".png (one grid), .npy, or a folder of PNGs")],
-    n: Annotated[int, typer.Option(help="how many")] = 64,
-    steps: Annotated[int, typer.Option(help="network evaluations")] = 1,
-    method: Annotated[str, typer.Option(help="multistep or ode")] = "multistep",
-    solver: Annotated[str, typer.Option(help="ode: euler, heun, ddim or dpmpp_2m")] = "euler",
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-    first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
-    ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
-    label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
-    guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
-    batch: Annotated[int, typer.Option(help="samples computed at once")] = 512,
-) -> None:
-    """Draw samples from a trained run."""
-    if method != "ode" and solver != "euler":
-        raise ValueError("--solver has a meaning only with --method ode")
-    if (out / CHECKPOINTS).exists():
-        raise ValueError(f"--out {out} is the directory of a run, choose another")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sampler = Sampler.from_run(
-        run, steps=steps, method=method, solver=solver, ema=ema, device=device, batch_size=batch
-    )
-    cond = _labels(sampler, n, label)
-    if guidance is not None and cond is None:
-        raise ValueError("--guidance needs a run that was trained with --conditional")
-    x = sampler(n, seed=seed, first_sample=first, cond=cond, guidance=guidance).cpu()
-    if out.suffix == ".npy":
-        import io
-
-        import numpy as np
-
-        buffer = io.BytesIO()
-        np.save(buffer, x.numpy())
-        replace_file(out, buffer.getvalue())
-    elif out.suffix == ".png":
-        from fastcm.pictures import save_grid
-
-        save_grid(x, out)
-    elif out.suffix:
-        raise ValueError(f"--out must end in .png or .npy, or name a folder, got {out}")
-    else:
-        from fastcm.pictures import save_grid
-
-        out.mkdir(parents=True, exist_ok=True)
-        for i in range(n):
-            save_grid(x[i : i + 1], out / f"{first + i:06d}.png", enlarge=1)
-    console.print(f"{n} samples of {list(x.shape[1:])} in {out}", highlight=False)
-
-
-def _labels(sampler: Sampler, n: int, label: int | None = None) -> torch.Tensor | None:
-    description: Any = getattr(sampler.net, "description", {})
-    classes = description.get("num_classes")
-    if classes is None:
-        if label is not None:
-            raise ValueError("--label needs a run that was trained with --conditional")
-        return None
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--label must be in [0, {classes}), got {label}")
-    return torch.arange(n) % classes if label is None else torch.full((n,), label)
+app.command()(sample)
 
 
 @app.command()
@@ -234,7 +176,7 @@ def evaluate(
     for method, numbers in (("multistep", steps), ("ode", ode)):
         for number in numbers:
             sampler = Sampler.from_run(run, steps=number, method=method, ema=ema)
-            x = sampler(count, seed=seed, cond=_labels(sampler, count))
+            x = sampler(count, seed=seed, cond=labels(sampler, count))
             row(method, number, x)
     console.print(table)
     sampler = Sampler.from_run(run, ema=ema)
@@ -285,5 +227,8 @@ def main() -> None:
         print(f"fastcm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("fastcm: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        print(
+            "fastcm: interrupted; train --resume or sample again continues from what is saved",
+            file=sys.stderr,
+        )
         sys.exit(130)

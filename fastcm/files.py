@@ -52,6 +52,23 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write a file unless there is one; of several processes that try at once, one does."""
+    temporary = path.with_name(f"{WRITING}{path.name}-{os.getpid()}")
+    try:
+        write(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links: nearly as good
+            if not path.exists():
+                temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file and flush it to the disk."""
     with open(path, "wb") as file:

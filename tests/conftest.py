@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # tiny tensors: threads cost more than they give, several times so where cores are shared
@@ -47,6 +48,16 @@ def seed(request: pytest.FixtureRequest) -> int:
     torch.manual_seed(value)
     print(f"random inputs: repeat with --seed {run}")
     return value
+
+
+@pytest.fixture
+def default_handlers() -> Iterator[None]:
+    """A shell starts what it puts into the background with SIGINT ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = [signal.signal(number, handler) for number, handler in defaults.items()]
+    yield
+    for number, handler in zip(defaults, before):
+        signal.signal(number, handler)
 
 
 BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {

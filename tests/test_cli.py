@@ -56,11 +56,8 @@ def test_train_writes_a_run_that_can_be_sampled(flow: Path, tmp_path: Path) -> N
     fastcm_("sample", flow, "--n", 9, "--out", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     fastcm_("sample", flow, "--n", 3, "--first", 7, "--out", tmp_path / "folder")
-    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
-        "000007.png",
-        "000008.png",
-        "000009.png",
-    ]
+    names = sorted(p.name for p in (tmp_path / "folder").iterdir())
+    assert names == ["000007.png", "000008.png", "000009.png", "samples.json"]
 
 
 def test_the_form_of_the_issue_resumes_where_it_was_stopped(tmp_path: Path) -> None:

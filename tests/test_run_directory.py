@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,7 @@ from fastcm.checkpoint import list_checkpoints, step_of
 from fastcm.training import lock as locks
 from fastcm.training.interrupt import StopSignals
 
-DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-
-
-@pytest.fixture(autouse=True)
-def default_handlers() -> Iterator[None]:
-    """A shell starts what it puts into the background with SIGINT ignored."""
-    before = [signal.signal(s, h) for s, h in DEFAULTS.items()]
-    yield
-    for number, handler in zip(DEFAULTS, before):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("default_handlers")
 
 
 def stop_at(step: int, number: signal.Signals) -> Callable[[Trainer, str], None]:
