@@ -30,6 +30,10 @@ def sample(
     batch: Annotated[
         int, typer.Option(help="samples computed at once; for a folder only whole batches")
     ] = 512,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile the network: for many samples")
+    ] = False,
     format: Annotated[
         str | None, typer.Option(help="of a folder: png (images' default) or npz (others')")
     ] = None,
@@ -50,14 +54,22 @@ def sample(
     check_range(n, first)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = Sampler.from_run(
-        run, steps=steps, method=method, solver=solver, ema=ema, device=device, batch_size=batch
+        run,
+        steps=steps,
+        method=method,
+        solver=solver,
+        ema=ema,
+        device=device,
+        batch_size=batch,
+        precision=precision,
+        compile=compile,
     )
     if guidance is not None and labels(sampler, 0) is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
     options: dict[str, Any] = {"seed": seed, "guidance": guidance}
     if not out.suffix:
         found, _ = load_newest(run, only=set(), requires=RUN_STATE)
-        source = {"step": found.state["step"], "ema": ema}
+        source = {"step": found.state["step"], "ema": ema, "precision": precision}
         _fill(out, n, sampler, first=first, label=label, format=format, source=source, **options)
         return
     cond = labels(sampler, n, label, first=first)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcm import rng
+from fastcm.kernels import native
 from fastcm.reference import Noised
 from fastcm.rng import NoiseKey
 
@@ -23,6 +25,13 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
     HAS_KERNELS = False
+
+
+_library = torch.library.Library("fastcm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "uniforms(int samples, int quads, Tensor key, int stream, int first_sample) -> Tensor"
+)
+_library.impl("uniforms", native.uniforms, "CPU")  # type: ignore[no-untyped-call]
 
 
 def same_noise(x: Noised, y: Noised) -> bool:
@@ -45,6 +54,20 @@ def on_kernel(*tensors: Tensor | None) -> bool:
     """Whether these tensors go to the kernels: on a GPU, and none in float64."""
     present = [t for t in tensors if t is not None]
     return HAS_KERNELS and all(t.is_cuda and t.dtype != torch.float64 for t in present)
+
+
+def uniforms(
+    samples: int, quads: int, state: Tensor, stream: int, first_sample: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`fastcm.rng.uniforms`, in eager code on a CPU by the C++ kernel, which gives the same bits.
+
+    Code that is traced or compiled keeps the plain operations, which the compiler fuses.
+    """
+    traced = torch.compiler.is_compiling() or type(state) is not Tensor
+    if traced or state.device.type != "cpu" or not native.has_uniforms():
+        return rng.uniforms(samples, quads, state, stream, first_sample)
+    out: Tensor = torch.ops.fastcm.uniforms(samples, quads, state, stream, first_sample)
+    return out[0], out[1]
 
 
 def f32(value: Tensor) -> Tensor:

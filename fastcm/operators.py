@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from fastcm import losses, reference
-from fastcm.dispatch import HAS_KERNELS, closed, coefficient, f32, layout, on_kernel, state
+from fastcm.dispatch import (
+    HAS_KERNELS,
+    closed,
+    coefficient,
+    f32,
+    layout,
+    on_kernel,
+    state,
+    uniforms,
+)
 from fastcm.reference import Denoised, lift
 from fastcm.rng import NoiseKey
 
@@ -52,6 +61,7 @@ def noising_op(
             stream=stream,
             first_sample=first_sample,
             out_dtype=out_dtype,
+            uniforms=uniforms,
         )
         return out
     x0 = x0.contiguous()
@@ -88,6 +98,7 @@ def noising_pair_op(
             stream=stream,
             first_sample=first_sample,
             out_dtype=out_dtype,
+            uniforms=uniforms,
         )
         return first, second
     x0 = x0.contiguous()
@@ -224,6 +235,7 @@ def sampler_update_op(
             NoiseKey.wrap(key),
             stream=stream,
             first_sample=first_sample,
+            uniforms=uniforms,
         )
     x, F = x.contiguous(), F.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)

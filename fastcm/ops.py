@@ -64,7 +64,14 @@ def noise(
         nothing = torch.zeros(tuple(shape), dtype=torch.uint8, device=key.device)
         zero = torch.zeros(shape[0], device=key.device)
         return _noising(nothing, zero, zero + 1.0, key, stream, first_sample, dtype)
-    return reference.noise(shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
+    return reference.noise(
+        shape,
+        key,
+        stream=stream,
+        first_sample=first_sample,
+        dtype=dtype,
+        uniforms=dispatch.uniforms,
+    )
 
 
 def _noising(

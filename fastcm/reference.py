@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcm import rng
 from fastcm.losses import Metric, SampleMetric
-from fastcm.rng import NoiseKey
+from fastcm.rng import NoiseKey, Uniforms
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,14 @@ def noise(
     stream: int,
     first_sample: int = 0,
     dtype: torch.dtype = torch.float32,
+    uniforms: Uniforms = rng.uniforms,
 ) -> Tensor:
     """Standard normals ``[B, ...]`` of the bit contract."""
     samples, elements = shape[0], 1
     for size in shape[1:]:
         elements *= size
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    quad = rng.blocks(samples, (elements + 3) // 4, key.tensor, stream, first_sample)
+    quad = uniforms(samples, (elements + 3) // 4, key.tensor, stream, first_sample)
     return rng.normals(quad, compute)[:, :elements].reshape(tuple(shape)).to(dtype)
 
 
@@ -87,11 +88,19 @@ def noising(
     stream: int,
     first_sample: int = 0,
     out_dtype: torch.dtype,
+    uniforms: Uniforms = rng.uniforms,
 ) -> tuple[Tensor, ...]:
     """alpha x0 + sigma z for each row of ``alpha, sigma [K, B]``, all with the same z."""
     dtype = torch.float64 if out_dtype == torch.float64 else compute_dtype(x0)
     x0 = to_unit(x0, dtype)
-    z = noise(x0.shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
+    z = noise(
+        x0.shape,
+        key,
+        stream=stream,
+        first_sample=first_sample,
+        dtype=dtype,
+        uniforms=uniforms,
+    )
     return tuple((lift(a, x0) * x0 + lift(s, x0) * z).to(out_dtype) for a, s in zip(alpha, sigma))
 
 
@@ -150,10 +159,18 @@ def sampler_update(
     *,
     stream: int,
     first_sample: int = 0,
+    uniforms: Uniforms = rng.uniforms,
 ) -> Tensor:
     """alpha (a x + b F) + sigma z."""
     f = boundary(x, F, a, b)
-    z = noise(f.shape, key, stream=stream, first_sample=first_sample, dtype=f.dtype)
+    z = noise(
+        f.shape,
+        key,
+        stream=stream,
+        first_sample=first_sample,
+        dtype=f.dtype,
+        uniforms=uniforms,
+    )
     return lift(alpha, f) * f + lift(sigma, f) * z
 
 

@@ -12,7 +12,7 @@ which makes the noise independent of device, block size, batch split and world s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -161,15 +161,33 @@ def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) ->
     return (word.double() + 0.5) * 2.0**-32
 
 
-def normals(quad: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Box-Muller: four words ``[B, Q]`` to interleaved normals ``[B, 4 Q]``.
+Uniforms = Callable[[int, int, Tensor, int, int], tuple[Tensor, Tensor]]
+"""``uniforms(samples, quads, state, stream, first_sample)``: see `to_unit`."""
 
-    The uniforms are those of float32 whatever `dtype` is, so float64 serves as the oracle of the
-    same noise.
+
+def uniforms(
+    samples: int, quads: int, state: Tensor, stream: int, first_sample: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What the normals of each block of four elements are made of; see `to_unit`."""
+    return to_unit(blocks(samples, quads, state, stream, first_sample))
+
+
+def to_unit(quad: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Four words ``[B, Q]`` to float32 in (0, 1): for two radii and two angles, ``[B, Q, 2]``.
+
+    The product is exact, and there is one rounding in the sum.
     """
-    u0, u1, u2, u3 = ((w.float() * 2.0**-32 + 2.0**-33).to(dtype) for w in quad)
-    r0 = (-2.0 * u0.log()).clamp_min(0.0).sqrt()
-    r2 = (-2.0 * u2.log()).clamp_min(0.0).sqrt()
-    a0, a2 = 2.0 * math.pi * u1, 2.0 * math.pi * u3
-    n = torch.stack((r0 * a0.cos(), r0 * a0.sin(), r2 * a2.cos(), r2 * a2.sin()), dim=-1)
-    return n.flatten(1)
+    w0, w1, w2, w3 = (w.float() * 2.0**-32 + 2.0**-33 for w in quad)
+    return torch.stack((w0, w2), dim=-1), torch.stack((w1, w3), dim=-1)
+
+
+def normals(uniforms: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Box-Muller: uniforms ``[B, Q, 2]`` for radii and angles to normals ``[B, 4 Q]``.
+
+    The uniforms are float32 whatever `dtype` is, so float64 serves as the oracle of the same
+    noise.
+    """
+    radius, angle = (u.to(dtype) for u in uniforms)
+    r = (-2.0 * radius.log()).clamp_min(0.0).sqrt()
+    a = 2.0 * math.pi * angle
+    return torch.stack((r * a.cos(), r * a.sin()), dim=-1).flatten(1)

@@ -155,3 +155,13 @@ def test_a_single_file_has_the_labels_of_its_indices_too(
     sampler = Sampler.from_run(run, steps=2)
     wanted = sampler(7, cond=torch.arange(7) % CLASSES)[4:]
     np.testing.assert_allclose(np.load(out), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_folder_is_of_one_precision(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "samples"
+    low = here(monkeypatch, capsys, command(run, out, "--n", 4, "--precision", "bf16"))
+    assert low[0] == 0
+    code, _, error = here(monkeypatch, capsys, command(run, out, "--n", 4))
+    assert code == 2 and "precision: 'bf16' -> 'fp32'" in error
