@@ -15,10 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastcm import __version__, demo, recipes
-from fastcm.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
-from fastcm.data import as_source
-from fastcm.description import differences
+from fastcm import __version__, demo, recipes, runs
+from fastcm.checkpoint import CHECKPOINTS, replace_file
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
 from fastcm.recipes import Recipe, open_run, sample_pictures
 from fastcm.sampler import Sampler
@@ -164,7 +162,7 @@ def sample(
     sampler = Sampler.from_run(
         run, steps=steps, method=method, solver=solver, ema=ema, device=device, batch_size=batch
     )
-    cond = _labels(sampler, n, label)
+    cond = runs.labels(sampler, n, label)
     if guidance is not None and cond is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
     x = sampler(n, seed=seed, first_sample=first, cond=cond, guidance=guidance).cpu()
@@ -191,18 +189,6 @@ def sample(
     console.print(f"{n} samples of {list(x.shape[1:])} in {out}", highlight=False)
 
 
-def _labels(sampler: Sampler, n: int, label: int | None = None) -> torch.Tensor | None:
-    description: Any = getattr(sampler.net, "description", {})
-    classes = description.get("num_classes")
-    if classes is None:
-        if label is not None:
-            raise ValueError("--label needs a run that was trained with --conditional")
-        return None
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--label must be in [0, {classes}), got {label}")
-    return torch.arange(n) % classes if label is None else torch.full((n,), label)
-
-
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="directory of a run of `fastcm train`")],
@@ -217,12 +203,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
 ) -> None:
     """Distances of samples to held-out data, next to those of the training data as the floor."""
-    train_data, held_out = recipes.of_run(run).datasets()
-    source = as_source(train_data, seed=0, device="cpu")
-    found, _ = load_newest(run, only=set(), requires=RUN_STATE)
-    changed = differences(found.state["config"]["data"], source.describe())
-    if changed:
-        raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
+    train_data, held_out = runs.datasets(run)
     count = n or min(len(train_data), 5000)
     table = Table("samples", "evaluations", "sliced Wasserstein", "Frechet")
 
@@ -234,7 +215,7 @@ def evaluate(
     for method, numbers in (("multistep", steps), ("ode", ode)):
         for number in numbers:
             sampler = Sampler.from_run(run, steps=number, method=method, ema=ema)
-            x = sampler(count, seed=seed, cond=_labels(sampler, count))
+            x = sampler(count, seed=seed, cond=runs.labels(sampler, count))
             row(method, number, x)
     console.print(table)
     sampler = Sampler.from_run(run, ema=ema)
