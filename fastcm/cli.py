@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, demo, info."""
+"""The command line: train, sample, evaluate, plot, demo, info."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastcm import __version__, demo, recipes, runs
+from fastcm import __version__, cli_plot, demo, recipes, runs
 from fastcm.checkpoint import CHECKPOINTS, replace_file
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
 from fastcm.recipes import Recipe, open_run, sample_pictures
@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_plot.app, name="plot")
 console = Console()
 
 

@@ -46,8 +46,14 @@ ALLOWED = {
     "recipes": MATHS | BASE | {"data", "objectives", "optim", "sampler", "training", "pictures"},
     "demo": {"checkpoint", "evaluation", "pictures", "recipes", "sampler", "training"},
     "runs": {"checkpoint", "data", "description", "recipes", "sampler"},
+    "plots": MATHS
+    | {"ops", "guidance", "solvers", "sampling", "sampler", "evaluation", "pictures"}
+    | {"networks", "objectives", "optim", "training"},
+    "cli_plot": MATHS
+    | {"evaluation", "networks", "pictures", "plots", "recipes", "runs", "sampler"},
     "cli": {
         "checkpoint",
+        "cli_plot",
         "demo",
         "evaluation",
         "pictures",
