@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, demo, info."""
+"""The command line: train, sample, evaluate, plot, demo, info."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastcm import __version__, demo, recipes
-from fastcm.checkpoint import RUN_STATE, load_newest
+from fastcm import __version__, cli_plot, demo, recipes, runs
 from fastcm.cli_sample import sample
-from fastcm.data import as_source
-from fastcm.description import differences
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
 from fastcm.recipes import Recipe, open_run, sample_pictures
-from fastcm.sample_folder import labels
 from fastcm.sampler import Sampler
 from fastcm.training import NonFiniteError
 
@@ -32,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_plot.app, name="plot")
 console = Console()
 
 
@@ -159,12 +156,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
 ) -> None:
     """Distances of samples to held-out data, next to those of the training data as the floor."""
-    train_data, held_out = recipes.of_run(run).datasets()
-    source = as_source(train_data, seed=0, device="cpu")
-    found, _ = load_newest(run, only=set(), requires=RUN_STATE)
-    changed = differences(found.state["config"]["data"], source.describe())
-    if changed:
-        raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
+    train_data, held_out = runs.datasets(run)
     count = n or min(len(train_data), 5000)
     table = Table("samples", "evaluations", "sliced Wasserstein", "Frechet")
 
@@ -176,7 +168,7 @@ def evaluate(
     for method, numbers in (("multistep", steps), ("ode", ode)):
         for number in numbers:
             sampler = Sampler.from_run(run, steps=number, method=method, ema=ema)
-            x = sampler(count, seed=seed, cond=labels(sampler, count))
+            x = sampler(count, seed=seed, cond=runs.labels(sampler, count))
             row(method, number, x)
     console.print(table)
     sampler = Sampler.from_run(run, ema=ema)

@@ -11,7 +11,8 @@ import torch
 import typer
 
 from fastcm.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
-from fastcm.sample_folder import check_range, labels, sample_folder
+from fastcm.runs import labels
+from fastcm.sample_folder import check_range, sample_folder
 from fastcm.sampler import Sampler
 
 

@@ -30,6 +30,7 @@ from fastcm.description import differences
 from fastcm.files import WRITING, create_file, read_state, replace_file
 from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
+from fastcm.runs import labels
 from fastcm.sampler import Sampler
 from fastcm.training.interrupt import StopSignals
 
@@ -157,29 +158,6 @@ def check_range(n: int, first: int) -> None:
         raise ValueError(
             f"first must be >= 0 and first + n at most 2**32, got first={first}, n={n}"
         )
-
-
-def labels(sampler: Sampler, n: int, label: int | None = None, *, first: int = 0) -> Tensor | None:
-    """Labels of samples first .. first + n - 1, int64 ``[n]``; None if the network has no classes.
-
-    Args:
-        sampler: whose network's description says how many classes there are.
-        n: how many.
-        label: of all; default i % classes for sample i.
-        first: index of the first.
-
-    Raises:
-        ValueError: a label without classes, or out of their range.
-    """
-    description: Any = getattr(sampler.net, "description", {})
-    classes = description.get("num_classes")
-    if classes is None:
-        if label is not None:
-            raise ValueError("--label needs a run that was trained with --conditional")
-        return None
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--label must be in [0, {classes}), got {label}")
-    return torch.arange(first, first + n) % classes if label is None else torch.full((n,), label)
 
 
 def _is_image(shape: tuple[int, ...]) -> bool:

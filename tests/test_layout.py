@@ -50,18 +50,23 @@ ALLOWED = {
     "pictures": {"checkpoint"},
     "training": MATHS | BASE | CARRY | {"ops", "data", "objectives", "optim"},
     "recipes": MATHS | BASE | {"data", "objectives", "optim", "sampler", "training", "pictures"},
-    "sample_folder": MATHS | BASE | CARRY | {"sampler", "training", "pictures"},
+    "sample_folder": MATHS | BASE | CARRY | {"sampler", "training", "pictures", "runs"},
     "demo": {"checkpoint", "evaluation", "pictures", "recipes", "sampler", "training"},
-    "cli_sample": {"checkpoint", "pictures", "sample_folder", "sampler"},
+    "runs": {"checkpoint", "data", "description", "recipes", "sampler"},
+    "cli_sample": {"checkpoint", "pictures", "runs", "sample_folder", "sampler"},
+    "plots": MATHS
+    | {"ops", "guidance", "solvers", "sampling", "sampling_loop", "sampler", "evaluation"}
+    | {"pictures"}
+    | {"networks", "objectives", "optim", "training"},
+    "cli_plot": MATHS
+    | {"evaluation", "networks", "pictures", "plots", "recipes", "runs", "sampler"},
     "cli": {
-        "checkpoint",
+        "cli_plot",
         "cli_sample",
-        "data",
-        "description",
         "demo",
         "evaluation",
         "recipes",
-        "sample_folder",
+        "runs",
         "sampler",
         "training",
     },
