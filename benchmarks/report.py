@@ -88,6 +88,52 @@ def optim_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_table(report: dict[str, Any]) -> str:
+    """Ratios of the training step's benchmark."""
+    machine = report["machine"]
+    lines = [
+        "| network | parameters | method | batch | precision | fastcm | eager / fastcm "
+        "| best of torch / fastcm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        ratios = f"{row['eager/fastcm']:.2f} | {row['best/fastcm']:.2f}"
+        lines.append(
+            f"| {row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} "
+            f"| {row['batch']} | {row['precision']} | {row['ms']['fastcm']:.0f} ms | {ratios} |"
+        )
+    lines.append("")
+    lines.append(
+        f"A step of training on {machine['threads']} CPU threads, torch {machine['torch']}. Eager: "
+        "a plain PyTorch loop. Best of torch: the faster of that loop compiled and not, with fused "
+        "AdamW and foreach averages."
+    )
+    return "\n".join(lines)
+
+
+def sampling_table(report: dict[str, Any]) -> str:
+    """Ratios of the samplers' benchmark."""
+    machine = report["machine"]
+    lines = [
+        "| network | steps | batch | fastcm | over the bare network calls | eager / fastcm "
+        "| compiled / fastcm compiled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        overhead = f"{100 * (row['fastcm/bare'] - 1):+.1f} %"
+        ratios = f"{row['eager/fastcm']:.2f} | {row['compiled/fastcm compiled']:.2f}"
+        lines.append(
+            f"| {row['network']} | {row['steps']} | {row['batch']} "
+            f"| {row['ms']['fastcm']:.1f} ms | {overhead} | {ratios} |"
+        )
+    lines.append("")
+    lines.append(
+        f"On {machine['threads']} CPU threads, torch {machine['torch']}. Eager and compiled: a "
+        "plain PyTorch loop with `torch.randn`; compiled means the network."
+    )
+    return "\n".join(lines)
+
+
 def codegen_summary(report: dict[str, Any]) -> str:
     """What the kernels compile to, in one paragraph."""
     rows = report["rows"]
@@ -110,6 +156,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", demo_table),
     "ops": ("ops_cpu", ops_table),
     "optim": ("optim_cpu", optim_table),
+    "step": ("step_cpu", step_table),
+    "sampling": ("sampling_cpu", sampling_table),
     "codegen": ("codegen", codegen_summary),
 }
 

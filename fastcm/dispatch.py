@@ -70,6 +70,16 @@ def uniforms(
     return out[0], out[1]
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether to call the reference without the operator around it: no gradient, kernel or tracer.
+
+    An operator costs as much as the arithmetic on a small batch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(t is None or (type(t) is Tensor and t.device.type == "cpu") for t in tensors)
+
+
 def f32(value: Tensor) -> Tensor:
     return value.to(torch.float32).contiguous()
 

@@ -156,6 +156,8 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
     validation.check_map("x", x, F, a, b)
+    if dispatch.is_plain(F):
+        return reference.boundary(x, F, a, b)
     out: Tensor = _fastcm.boundary(*flat(x), F, a, b)
     return out
 
@@ -230,6 +232,8 @@ def euler_step(
         validation.check_coefficient("input_scale", input_scale, like)
         if input_dtype is None:
             raise ValueError("input_scale needs input_dtype, the dtype of the scaled result")
+    if input_dtype is None and dispatch.is_plain(v):
+        return reference.euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale)
     x_s, scaled = _fastcm.euler_step(
         *flat(x), v, dt, v_uncond, guidance, scale, input_scale, input_dtype
     )
@@ -269,6 +273,19 @@ def sampler_update(
     validation.check_coefficient("alpha", alpha, x)
     validation.check_coefficient("sigma", sigma, x)
     validation.check_noise(key, stream, first_sample, x.device)
+    if dispatch.is_plain(x, F):
+        return reference.sampler_update(
+            x,
+            F,
+            a,
+            b,
+            alpha,
+            sigma,
+            key,
+            stream=stream,
+            first_sample=first_sample,
+            uniforms=dispatch.uniforms,
+        )
     out: Tensor = _fastcm.sampler_update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
     return out
 

@@ -32,6 +32,19 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+def check_key(seed: int, step: int = 0, first_sample: int = 0) -> None:
+    """Raise TypeError or ValueError unless a `NoiseKey` can be made of these."""
+    for name, value, bits in (
+        ("seed", seed, 63),
+        ("step", step, 56),
+        ("first_sample", first_sample, 32),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"{name} must be in [0, 2**{bits}), got {value}")
+
+
 class NoiseKey:
     """Where in the random sequence a run stands: a device tensor of (seed, step, first sample).
 
@@ -59,15 +72,7 @@ class NoiseKey:
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        for name, value, bits in (
-            ("seed", seed, 63),
-            ("step", step, 56),
-            ("first_sample", first_sample, 32),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if not 0 <= value < 2**bits:
-                raise ValueError(f"{name} must be in [0, 2**{bits}), got {value}")
+        check_key(seed, step, first_sample)
         self.tensor = torch.tensor([seed, step, first_sample], dtype=torch.int64, device=device)
 
     @classmethod

@@ -29,7 +29,7 @@ from fastcm.checkpoint import digest
 from fastcm.description import differences
 from fastcm.files import WRITING, create_file, read_state, replace_file
 from fastcm.progress import Progress
-from fastcm.rng import NoiseKey
+from fastcm.rng import check_key
 from fastcm.runs import labels
 from fastcm.sampler import Sampler
 from fastcm.training.interrupt import StopSignals
@@ -96,7 +96,7 @@ def sample_folder(
         OSError: the folder cannot be written to; the files in it stay valid.
     """
     check_range(n, first)
-    NoiseKey(seed)  # the range of seeds
+    check_key(seed)
     if sampler.shape is None:
         raise ValueError("the sampler must know the shape of a sample: Sampler(shape=...)")
     labels(sampler, 0, label)

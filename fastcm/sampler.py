@@ -19,7 +19,7 @@ from fastcm.parameterization import Parameterization
 from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
 from fastcm.progress import Progress
-from fastcm.rng import NoiseKey
+from fastcm.rng import NoiseKey, check_key
 from fastcm.sampling import SOLVERS, SolverName, as_parameterization, check_descending
 from fastcm.sampling_loop import Graph, Loop, batches, padded
 from fastcm.schedules import Grid, UniformGrid, sampling_times
@@ -274,7 +274,7 @@ class Sampler:
     ) -> tuple[int, ...]:
         """The shape of n samples, if they can be asked for."""
         shape = self._full_shape(n)
-        NoiseKey(seed, first_sample=first_sample)  # the ranges
+        check_key(seed, first_sample=first_sample)
         if first_sample + shape[0] > 2**32:
             raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
         check_rows(cond, shape[0])

@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
 
 
+def block(*parts: str) -> str:
+    """The Python block that has all these parts."""
+    (found,) = [b for b in BLOCKS if all(part in b for part in parts)]
+    return found
+
+
 def test_the_tables_are_those_of_the_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert report.render(text) == text
@@ -27,7 +33,7 @@ def test_the_tables_are_those_of_the_results() -> None:
 
 def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = BLOCKS[0].replace("fit(1000)", "fit(3)")
+    code = block("runs/cd", "fit(1000)").replace("fit(1000)", "fit(3)")
     scope: dict[str, object] = {}
     exec(code, scope)
     x = scope["x"]
@@ -36,7 +42,7 @@ def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_optimizer_in_a_loop_of_ones_own() -> None:
     scope: dict[str, Any] = {}
-    exec(BLOCKS[1], scope)
+    exec(block("optimizer.averaged"), scope)
     weight, average = scope["net"].weight, scope["target"].weight
     assert scope["optimizer"].counts.tolist() == [3, 0, 0]
     assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.01)
@@ -44,9 +50,16 @@ def test_the_optimizer_in_a_loop_of_ones_own() -> None:
 
 def test_the_gradients_in_a_loop_of_ones_own() -> None:
     scope: dict[str, Any] = {}
-    exec(BLOCKS[2], scope)
+    exec(block("Gradients("), scope)
     assert scope["key"].step == 4 and scope["optimizer"].counts.tolist() == [4, 0, 0]
     assert torch.isfinite(scope["loss"])
+
+
+def test_the_sampler_of_the_readme_draws_the_same_samples_again() -> None:
+    scope: dict[str, Any] = {}
+    exec(block(".stream("), scope)
+    torch.testing.assert_close(scope["x"][90:], scope["y"], rtol=1e-5, atol=1e-5)
+    assert len(scope["batch"]) == 1000 % 256
 
 
 def test_the_exported_sampler_draws_what_the_sampler_does(
@@ -54,7 +67,7 @@ def test_the_exported_sampler_draws_what_the_sampler_does(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    exec(BLOCKS[3], scope)
+    exec(block("export_sampler"), scope)
     expected = scope["sampler"](64, seed=7, first_sample=128)
     torch.testing.assert_close(scope["x"], expected, rtol=1e-5, atol=1e-5)
 
@@ -62,7 +75,7 @@ def test_the_exported_sampler_draws_what_the_sampler_does(
 def test_the_objective_of_the_readme_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "readme_objective.py").write_text(BLOCKS[4])
+    (tmp_path / "readme_objective.py").write_text(block("class Denoising"))
     monkeypatch.syspath_prepend(tmp_path)
     objective = importlib.import_module("readme_objective").Denoising()
     torch.manual_seed(0)
