@@ -152,7 +152,8 @@ def _host_timer(function: Function, seconds: float) -> Callable[[], float]:
     return timer
 
 
-def _graph_timer(function: Function, seconds: float, calls: int = 10) -> Callable[[], float]:
+def captured(function: Function, calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many calls, after three to warm up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -163,6 +164,11 @@ def _graph_timer(function: Function, seconds: float, calls: int = 10) -> Callabl
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
+    return graph
+
+
+def _graph_timer(function: Function, seconds: float, calls: int = 10) -> Callable[[], float]:
+    graph = captured(function, calls)
     edges = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def replay(times: int) -> float:

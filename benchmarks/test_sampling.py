@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastcm
 from benchmarks import nvml
-from benchmarks.harness import ATOL, Report, interleaved, median_ratio
+from benchmarks.harness import ATOL, Report, captured, interleaved, median_ratio
 from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, synchronize
 from fastcm import reference, rng
 
@@ -69,18 +69,7 @@ def bare_calls(net: nn.Module, shape: Sequence[int], steps: int) -> Callable[[],
             out: Tensor = net(x, t)
         return out
 
-    if not CUDA:
-        return calls
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            calls()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
+    return captured(calls).replay if CUDA else calls
 
 
 def noise_of(shape: Sequence[int], steps: int, dtype: torch.dtype) -> list[Tensor]:

@@ -122,7 +122,7 @@ def test_a_step_never_waits_for_the_device(method: str, graph: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):  # across an epoch, 64 rows in batches of 24
-            t._train_step(1)
+            t.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert t.step == 34
@@ -185,11 +185,11 @@ def test_a_captured_step_skips_a_gradient_that_is_not_finite() -> None:
     first = next(t.net.parameters()).detach()
     held = first.clone()
     first.fill_(float("inf"))
-    t._train_step(1)
+    t.train_step()
     assert t.update.counts.tolist() == [31, 1, 1]
     first.copy_(held)
     assert all(torch.equal(p, q) for p, q in zip(before, weights(t)))
-    t._train_step(1)
+    t.train_step()
     assert t.update.counts.tolist() == [32, 1, 0]
 
 

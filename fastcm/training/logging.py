@@ -7,13 +7,17 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastcm.checkpoint import replace_file
+from fastcm.schedules import intervals
 from fastcm.training.tensorboard import Scalars
+
+if TYPE_CHECKING:
+    from fastcm.training.trainer import Trainer
 
 
 class MetricsFile:
@@ -93,6 +97,30 @@ class Reading:
         read = dict(zip(self._names, self._values.tolist()))
         counts = {k: int(v) for k, v in read.items() if k in ("skipped", "intervals")}
         return {**self._host, **read, **counts}
+
+
+def measure(trainer: Trainer, loss: Tensor, rate: Rate) -> Reading:
+    """Start to read the metrics of the step just taken, without waiting for the device."""
+    it_s = rate.read(trainer.step)
+    host = {
+        "step": trainer.step,
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "it_s": round(it_s, 3),
+        "img_s": round(it_s * trainer.batch_size, 1),
+        "memory_mb": round(peak_memory(trainer.device) / 2**20, 1),
+    }
+    last = trainer.key.step - 1
+    device = {
+        "loss": loss,
+        "grad_norm": trainer.update.grad_norm,
+        "skipped": trainer.update.counts[1],
+        **{f"ema_{i}": average.decay(last) for i, average in enumerate(trainer.averages)},
+    }
+    discretization = getattr(trainer.objective, "discretization", None)
+    if discretization is not None:
+        n = intervals(discretization, last)
+        device["intervals"] = torch.full_like(last, n) if isinstance(n, int) else n
+    return Reading(host, device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -19,14 +19,13 @@ from fastcm.optim import AdamW
 from fastcm.precision import Precision
 from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
-from fastcm.schedules import intervals
 from fastcm.training.checkpoint import read
 from fastcm.training.checks import check_classes, check_teacher
 from fastcm.training.configuration import configuration
 from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
 from fastcm.training.interrupt import StopSignals
-from fastcm.training.logging import MetricsFile, Rate, Reading, peak_memory
+from fastcm.training.logging import MetricsFile, Rate, Reading, measure
 from fastcm.training.lr import Schedule, constant
 from fastcm.training.saving import Saving
 from fastcm.training.step import Graph, Step
@@ -237,13 +236,14 @@ class Trainer:
             self._saving.during_fit(self._metrics_file),
         ):
             while self.step < end and self.interrupted is None:
-                loss = self._train_step(end - self.step)
+                loss = self.train_step(remaining=end - self.step)
                 self.interrupted = signals.received  # read once a step: all below agree
                 last = self.step == end or self.interrupted is not None
                 self._progress.advance()
                 self._emit("step")
                 if self.step % self.log_every == 0 or last:
-                    self._measure(loss, rate)
+                    self._report(wait=True)
+                    self._reading = measure(self, loss, rate)
                 save = self._saving.is_due(self.step) or (last and self.directory is not None)
                 self._report(wait=save or last)  # a resumed run does not repeat these steps
                 if save or last:
@@ -257,7 +257,19 @@ class Trainer:
         self._progress = None
         return self
 
-    def _train_step(self, remaining: int) -> Tensor:
+    def train_step(self, *, remaining: int = 1000) -> Tensor:
+        """Take one step, for a loop of your own: `fit` without reports, checkpoints and watch.
+
+        Nothing waits for the device.
+
+        Args:
+            remaining: how many steps are still to come; decides whether compiling can pay.
+
+        Returns:
+            The loss, a 0-d tensor on the device that the next step may overwrite.
+        """
+        if not self.net.training:
+            self.net.train()
         factor = self.lr_schedule(self.step)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
@@ -266,30 +278,6 @@ class Trainer:
         if self.metadata["shape"] is None and self.stepper.shape is not None:
             self.metadata["shape"] = list(self.stepper.shape)
         return loss
-
-    def _measure(self, loss: Tensor, rate: Rate) -> None:
-        """Start to read the metrics of the step just taken, without waiting for the device."""
-        self._report(wait=True)
-        it_s = rate.read(self.step)
-        host = {
-            "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "it_s": round(it_s, 3),
-            "img_s": round(it_s * self.batch_size, 1),
-            "memory_mb": round(peak_memory(self.device) / 2**20, 1),
-        }
-        last = self.key.step - 1
-        device = {
-            "loss": loss,
-            "grad_norm": self.update.grad_norm,
-            "skipped": self.update.counts[1],
-            **{f"ema_{i}": average.decay(last) for i, average in enumerate(self.averages)},
-        }
-        discretization = getattr(self.objective, "discretization", None)
-        if discretization is not None:
-            n = intervals(discretization, last)
-            device["intervals"] = torch.full_like(last, n) if isinstance(n, int) else n
-        self._reading = Reading(host, device)
 
     def _report(self, *, wait: bool = False) -> None:
         """Publish the metrics that are being read, if they have arrived."""
