@@ -29,6 +29,8 @@ SETTINGS = [(steps, batch) for steps in (1, 4) for batch in LATENCY] + [(1, THRO
 ROUNDS = 15 if CUDA else 9
 SECONDS = 0.2
 """Of a block: as many calls of one column as fit."""
+PATIENCE = 5.0
+"""Seconds for the rounds of one column, of which there are three at least."""
 
 
 def times_of(steps: int) -> list[float]:
@@ -131,7 +133,9 @@ def measure(network: str, net: nn.Module, steps: int, batch: int) -> dict[str, A
         found[name] = s.prepare(batch)(batch)
     where = f"{network}, {steps} steps, batch {batch}"
     errors = {k: check(f"{where}: {k}", x, plain, exact) for k, x in found.items()}
-    samples = interleaved({n: timer(c) for n, c in columns.items()}, ROUNDS)
+    timers = {n: timer(c) for n, c in columns.items()}
+    rounds = min(ROUNDS, max(3, round(PATIENCE / timers["bare"]())))
+    samples = interleaved(timers, rounds)
     ms = {n: 1e3 * statistics.median(times) for n, times in samples.items()}
     return {
         "network": network,
@@ -139,6 +143,7 @@ def measure(network: str, net: nn.Module, steps: int, batch: int) -> dict[str, A
         "shape": list(shape[1:]),
         "steps": steps,
         "batch": batch,
+        "rounds": rounds,
         "ms": ms,
         "img_s": {n: 1e3 * batch / t for n, t in ms.items()},
         "errors": errors,

@@ -247,3 +247,13 @@ def test_a_parameter_without_gradient_keeps_a_step_out_of_a_graph(
     t = trainer(FlowMatching(), Idle(), graph="auto", log=lines.append).fit(25)
     assert t.step == 25 and recorded_graphs.made == 0
     assert lines == ["graph: off, no gradient reaches idle, which a graph would never update"]
+
+
+def test_single_steps_train_as_fit_does() -> None:
+    fitted = trainer().fit(7)
+    stepped = trainer()
+    stepped.net.eval()
+    losses = [float(stepped.train_step()) for _ in range(7)]
+    assert stepped.step == 7 and losses[-1] == fitted.metrics["loss"]
+    for p, q in zip(fitted.net.parameters(), stepped.net.parameters()):
+        assert torch.equal(p, q)
