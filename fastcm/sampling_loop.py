@@ -44,7 +44,9 @@ class Loop:
         self._net, self._p, self._times = net, p, times
         self._levels = solvers.levels(p, times)
         self._method, self._solver = method, solver
-        self._null = null_condition
+        self._null = (
+            null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
+        )
         self._device = device
         self.eager: Network = autocast(net, device.type) if precision == "bf16" else net
         self._network: Network = torch.compile(self.eager) if compile else self.eager
