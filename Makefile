@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test gpu gpu-step gpu-sampling lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
@@ -10,11 +10,19 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# From source, with the torch and triton that $(PYTHON) has: correctness, then benchmarks.
-# Results go to $$OUT if set, else benchmarks/results/.
+# From source, with the torch and triton that $(PYTHON) has: correctness, then benchmarks, some
+# minutes each. Results go to $$OUT if set, else benchmarks/results/, row by row.
+GPU := PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m pytest
+
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m pytest -s benchmarks
+	$(GPU) -m gpu tests
+	$(GPU) -s benchmarks/test_ops.py benchmarks/test_optim.py
+
+gpu-step:
+	$(GPU) -s benchmarks/test_step.py
+
+gpu-sampling:
+	$(GPU) -s benchmarks/test_sampling.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -87,17 +87,28 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """All of them on a GPU; on a CPU one in bf16, if it has that, since each is compiled twice."""
+    """The rows; few, since each is compiled twice: on a CPU one in bf16, if it has that.
+
+    On a GPU small networks are launch-bound, and large ones run in bf16, first the small batch.
+    """
+    if CUDA:
+        chosen: list[tuple[str, str, int, Precision]] = [
+            *((n, m, LAUNCH_BOUND, "fp32") for n in ("MLP", "UNet-S") for m in ("CT", "CD")),
+            *(("DiT-S/2", m, b, "bf16") for m in ("CT", "CD") for b in GPU_BATCHES),
+            *(("UNet-L", "CT", b, "bf16") for b in GPU_BATCHES),
+            ("DiT-B/2", "CT", SATURATED, "bf16"),
+            ("UNet-S", "CT", SATURATED, "fp32"),
+            ("UNet-S", "CT", LAUNCH_BOUND, "bf16"),
+        ]
+        return [Setting(*each) for each in chosen]
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    on_cpu = [("MLP", "CT")] if native else []
-    return [
-        Setting(network, method, batch, precision)
+    rows = [
+        Setting(network, method, batch, "fp32")
         for network, subject in SUBJECTS.items()
         for method in ("CT", "CD")
         for batch in subject.batches
-        for precision in PRECISIONS
-        if CUDA or precision == "fp32" or (network, method) in on_cpu
     ]
+    return [*rows, Setting("MLP", "CT", 256, "bf16")] if native else rows
 
 
 @dataclass
