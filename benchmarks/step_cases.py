@@ -20,7 +20,6 @@ from fastcm.networks import MLP, DiT, UNet
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 Precision = Literal["fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 CHECKED_STEPS = 5
 INTERVALS = 40
 
