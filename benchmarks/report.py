@@ -129,7 +129,8 @@ def sampling_table(report: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"On {machine['threads']} CPU threads, torch {machine['torch']}. Eager and compiled: a "
-        "plain PyTorch loop with `torch.randn`; compiled means the network."
+        "plain PyTorch loop with `torch.randn`; compiled means the network. Noise from counters "
+        "costs more than that of a generator, which shows where network and batch are small."
     )
     return "\n".join(lines)
 
