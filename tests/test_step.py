@@ -18,7 +18,9 @@ from fastcm import ConsistencyDistillation, ConsistencyTraining, FlowMatching, N
 from fastcm.networks import MLP, DiT
 from fastcm.objectives.base import Loss
 from fastcm.optim import one_sweep
+from fastcm.training import NonFiniteError, finite
 from fastcm.training.gradients import Gradients, compile_blocks
+from fastcm.training.logging import Reading
 
 __all__ = ["recorded_graphs"]
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -257,3 +259,22 @@ def test_single_steps_train_as_fit_does() -> None:
     assert stepped.step == 7 and losses[-1] == fitted.metrics["loss"]
     for p, q in zip(fitted.net.parameters(), stepped.net.parameters()):
         assert torch.equal(p, q)
+
+
+def test_gradients_that_are_no_numbers_are_noticed_when_the_device_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Late(Reading):
+        polls = 0
+
+        @property
+        def arrived(self) -> bool:
+            Late.polls += 1
+            return Late.polls > 5
+
+    monkeypatch.setattr(finite, "Reading", Late)
+    t = trainer(FlowMatching())
+    next(t.net.parameters()).data.fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="for 20 steps in a row, up to step 20;"):
+        t.fit(100)
+    assert t.step == 25
