@@ -82,12 +82,13 @@ def uniforms(samples: int, quads: int, key: Tensor, stream: int, first_sample: i
     """
     library = _library(NOISE)
     assert library is not None
+    key = key.contiguous()
     out = torch.empty(2, samples, quads, 2)
     library.uniforms(
         address(out),
         ctypes.c_int64(samples),
         ctypes.c_int64(quads),
-        address(key.contiguous()),
+        address(key),
         ctypes.c_int64(first_sample),
         ctypes.c_int64(stream),
         torch.get_num_threads(),

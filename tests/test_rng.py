@@ -318,3 +318,9 @@ def test_compiled_noise_keeps_to_operations_that_fuse() -> None:
     found = torch.compile(work, backend=backend, fullgraph=True)(key)
     assert "fastcm" not in graphs[0]
     assert torch.equal(found, work(key))
+
+
+def test_a_key_that_is_a_view_is_read_as_it_is() -> None:
+    apart = torch.tensor([[7, 0], [9, 0], [3, 0]])[:, 0]  # every other number
+    found = ops.noise((4, 8), NoiseKey.wrap(apart), stream=4)
+    assert torch.equal(found, ops.noise((4, 8), NoiseKey(7, 9, 3), stream=4))
