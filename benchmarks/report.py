@@ -18,121 +18,106 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def markdown(columns: str, rows: list[str], note: str) -> str:
+    """A table, `columns` and `rows` with ``|`` between the cells, and a line below it."""
+    rule = "|".join("---" for _ in columns.split("|"))
+    return "\n".join([f"| {columns} |", f"|{rule}|", *(f"| {row} |" for row in rows), "", note])
+
+
+def machine_of(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return f"{machine['threads']} CPU threads, torch {machine['torch']}"
+
+
 def demo_table(report: dict[str, Any]) -> str:
     """The figures of `make demo`."""
-    lines = [
-        "| samples | sliced Wasserstein to held-out digits | Frechet |",
-        "|---|---|---|",
+    rows = [
+        f"{name} | {figures['sliced_wasserstein']:.3f} | {figures['frechet']:.2f}"
+        for name, figures in report["distances to held-out digits"].items()
     ]
-    for name, figures in report["distances to held-out digits"].items():
-        lines.append(f"| {name} | {figures['sliced_wasserstein']:.3f} | {figures['frechet']:.2f} |")
-    seconds = report["seconds"]
-    lines.append("")
-    lines.append(
-        f"From `make demo` on two CPU cores, {seconds['total']:.0f} s in all. The first row is the "
-        "floor: other real digits."
+    note = (
+        f"From `make demo` on two CPU cores, {report['seconds']['total']:.0f} s in all. The first "
+        "row is the floor: other real digits."
     )
-    return "\n".join(lines)
+    return markdown("samples | sliced Wasserstein to held-out digits | Frechet", rows, note)
 
 
 def ops_table(report: dict[str, Any]) -> str:
     """Ratios of the operators' benchmark."""
-    machine = report["machine"]
-    lines = [
-        "| operator | samples | dtype | fastcm | eager / fastcm | compiled / fastcm |",
-        "|---|---|---|---|---|---|",
+    rows = [
+        f"{row['case']} | {' x '.join(map(str, row['shape']))} | {row['dtype']} "
+        f"| {row['ms']['fastcm']:.2f} ms | {row['eager/fastcm']:.2f} "
+        f"| {row['compiled/fastcm']:.2f}"
+        for row in report["rows"]
+        if row["shape_name"] == "cifar"  # the others are in the JSON
     ]
-    for row in report["rows"]:
-        if row["shape_name"] != "cifar":  # the others are in the JSON
-            continue
-        size = " x ".join(map(str, row["shape"]))
-        ratios = f"{row['eager/fastcm']:.2f} | {row['compiled/fastcm']:.2f}"
-        lines.append(
-            f"| {row['case']} | {size} | {row['dtype']} | {row['ms']['fastcm']:.2f} ms | {ratios} |"
-        )
-    lines.append("")
-    lines.append(
-        f"On {machine['threads']} CPU threads, torch {machine['torch']}: fastcm is the compiled "
-        "reference, eager and compiled are plain PyTorch with `torch.randn`, whose compiled form "
-        "draws number by number."
+    note = (
+        f"On {machine_of(report)}: fastcm is the compiled reference, eager and compiled are plain "
+        "PyTorch with `torch.randn`, whose compiled form draws number by number."
     )
-    return "\n".join(lines)
+    columns = "operator | samples | dtype | fastcm | eager / fastcm | compiled / fastcm"
+    return markdown(columns, rows, note)
 
 
 def optim_table(report: dict[str, Any]) -> str:
     """Ratios of the optimizer's benchmark."""
-    machine = report["machine"]
-    lines = [
-        "| parameters | averages | fastcm | eager / fastcm | best of torch / fastcm |",
-        "|---|---|---|---|---|",
+    rows = [
+        f"{row['network']} | {row['averages']}{', bfloat16 copy' if row['shadow'] else ''} "
+        f"| {row['ms']['fastcm']:.1f} ms | {row['eager/fastcm']:.1f} | {row['stock/fastcm']:.1f}"
+        for row in report["rows"]
+        if "drift" not in row
     ]
-    drift: dict[str, float] = {}
-    for row in report["rows"]:
-        if "drift" in row:
-            drift = row["drift"]
-            continue
-        kept = f"{row['averages']}{', bfloat16 copy' if row['shadow'] else ''}"
-        ratios = f"{row['eager/fastcm']:.1f} | {row['stock/fastcm']:.1f}"
-        lines.append(f"| {row['network']} | {kept} | {row['ms']['fastcm']:.1f} ms | {ratios} |")
-    lines.append("")
-    lines.append(
-        f"On {machine['threads']} CPU threads, torch {machine['torch']}. Eager: clip, foreach "
-        "AdamW, a Python loop for each average. Best of torch: clip, fused AdamW, foreach lerp."
+    note = (
+        f"On {machine_of(report)}. Eager: clip, foreach AdamW, a Python loop for each average. "
+        "Best of torch: clip, fused AdamW, foreach lerp."
     )
-    if drift:
-        lines[-1] += (
+    for drift in (row["drift"] for row in report["rows"] if "drift" in row):
+        note += (
             " After 1,000 steps float32 parameters are, relative to float64, off by "
             f"{drift['fastcm']:.0e}; "
             f"those of torch's AdamW {drift['torch']:.0e}, fused {drift['torch fused']:.0e}."
         )
-    return "\n".join(lines)
+    columns = "parameters | averages | fastcm | eager / fastcm | best of torch / fastcm"
+    return markdown(columns, rows, note)
 
 
 def step_table(report: dict[str, Any]) -> str:
     """Ratios of the training step's benchmark."""
-    machine = report["machine"]
-    lines = [
-        "| network | parameters | method | batch | precision | fastcm | eager / fastcm "
-        "| best of torch / fastcm |",
-        "|---|---|---|---|---|---|---|---|",
+    rows = [
+        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} | {row['batch']} "
+        f"| {row['precision']} | {row['ms']['fastcm']:.0f} ms | {row['eager/fastcm']:.2f} "
+        f"| {row['best/fastcm']:.2f}"
+        for row in report["rows"]
     ]
-    for row in report["rows"]:
-        ratios = f"{row['eager/fastcm']:.2f} | {row['best/fastcm']:.2f}"
-        lines.append(
-            f"| {row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} "
-            f"| {row['batch']} | {row['precision']} | {row['ms']['fastcm']:.0f} ms | {ratios} |"
-        )
-    lines.append("")
-    lines.append(
-        f"A step of training on {machine['threads']} CPU threads, torch {machine['torch']}. Eager: "
-        "a plain PyTorch loop. Best of torch: the faster of that loop compiled and not, with fused "
-        "AdamW and foreach averages."
+    note = (
+        f"A step of training on {machine_of(report)}. Eager: a plain PyTorch loop. Best of torch: "
+        "the faster of that loop compiled and not, with fused AdamW and foreach averages."
     )
-    return "\n".join(lines)
+    columns = (
+        "network | parameters | method | batch | precision | fastcm | eager / fastcm "
+        "| best of torch / fastcm"
+    )
+    return markdown(columns, rows, note)
 
 
 def sampling_table(report: dict[str, Any]) -> str:
     """Ratios of the samplers' benchmark."""
-    machine = report["machine"]
-    lines = [
-        "| network | steps | batch | fastcm | over the bare network calls | eager / fastcm "
-        "| compiled / fastcm compiled |",
-        "|---|---|---|---|---|---|---|",
+    rows = [
+        f"{row['network']} | {row['steps']} | {row['batch']} | {row['ms']['fastcm']:.1f} ms "
+        f"| {100 * (row['fastcm/bare'] - 1):+.1f} % | {row['eager/fastcm']:.2f} "
+        f"| {row['compiled/fastcm compiled']:.2f}"
+        for row in report["rows"]
     ]
-    for row in report["rows"]:
-        overhead = f"{100 * (row['fastcm/bare'] - 1):+.1f} %"
-        ratios = f"{row['eager/fastcm']:.2f} | {row['compiled/fastcm compiled']:.2f}"
-        lines.append(
-            f"| {row['network']} | {row['steps']} | {row['batch']} "
-            f"| {row['ms']['fastcm']:.1f} ms | {overhead} | {ratios} |"
-        )
-    lines.append("")
-    lines.append(
-        f"On {machine['threads']} CPU threads, torch {machine['torch']}. Eager and compiled: a "
-        "plain PyTorch loop with `torch.randn`; compiled means the network. Noise from counters "
-        "costs more than that of a generator, which shows where network and batch are small."
+    note = (
+        f"On {machine_of(report)}. Eager and compiled: a plain PyTorch loop with `torch.randn`; "
+        "compiled means the network. Noise from counters costs more than that of a generator, "
+        "which shows where network and batch are small."
     )
-    return "\n".join(lines)
+    columns = (
+        "network | steps | batch | fastcm | over the bare network calls | eager / fastcm "
+        "| compiled / fastcm compiled"
+    )
+    return markdown(columns, rows, note)
 
 
 def codegen_summary(report: dict[str, Any]) -> str:
