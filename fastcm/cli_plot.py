@@ -16,7 +16,7 @@ from fastcm.evaluation import consistency_gap
 from fastcm.networks import GaussianMixture
 from fastcm.paths import Linear
 from fastcm.pictures import save_rows
-from fastcm.rng import NoiseKey
+from fastcm.rng import check_key
 from fastcm.sampler import Sampler
 
 _ODE_STEPS = 100
@@ -44,7 +44,7 @@ def trajectories(
     _check_out(out)
     if (flow is None) != (distilled is None):
         raise ValueError("give both --flow and --distilled, or neither for an exact flow")
-    NoiseKey(seed)  # refused before the training, if at all
+    check_key(seed)  # before the training
     if flow is None or distilled is None:
         mixture = plots.crescent()
         x, _ = mixture.sample(24_000)
@@ -67,7 +67,7 @@ def trajectories(
 
 
 def _distilled(mixture: GaussianMixture, data: Tensor) -> nn.Module:
-    torch.set_num_threads(1)  # layers this small are slower on several, far so on shared cores
+    torch.set_num_threads(1)  # layers this small gain nothing by more, and lose on shared cores
     start = time.perf_counter()
     net = plots.distil(mixture, data)
     console.print(f"distilled in {time.perf_counter() - start:.0f} s", highlight=False)

@@ -70,14 +70,14 @@ def uniforms(
     return out[0], out[1]
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor) -> bool:
     """Whether to call the reference without the operator around it: no gradient, kernel or tracer.
 
     An operator costs as much as the arithmetic on a small batch.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return all(t is None or (type(t) is Tensor and t.device.type == "cpu") for t in tensors)
+    return all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
 
 
 def f32(value: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Loop:
         cond: Tensor | None,
         weights: tuple[float, ...] | None,
     ) -> None:
-        """Compute samples of `shape`, the first of which go to `out`.
+        """Compute samples of `shape`, the first of which go to `out`; under no_grad.
 
         Args:
             out: ``[at most B, ...]``.
@@ -99,7 +99,6 @@ class Loop:
         assert self._cache is not None
         return self._cache("network", self._network, x, t, cond)
 
-    @torch.no_grad()
     def _run(
         self,
         net: Network,
@@ -177,7 +176,7 @@ def padded(rows: Tensor, size: int) -> Tensor:
 def eval_mode(net: nn.Module) -> Iterator[None]:
     """The network in eval mode; afterwards every submodule is in the mode it was in."""
     in_training, left = [], [net]
-    while left:  # as net.modules(), in a tenth of the time
+    while left:  # as net.modules(), but for its bookkeeping
         module = left.pop()
         left += [child for child in module._modules.values() if child is not None]
         if module.training:

@@ -19,6 +19,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from recorded_graphs import recorded_graphs as recorded_graphs
+
 from fastcm.kernels import native
 from fastcm.optim import backends, one_sweep
 

@@ -308,10 +308,10 @@ def test_a_replayed_batch_never_waits_for_the_device() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for i in range(3):
-            replayed(8, seed=i)
+        drawn = [replayed(8, seed=i) for i in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(drawn[0], drawn[1]) and torch.isfinite(torch.stack(drawn)).all()
 
 
 def test_threads_share_a_sampler_with_graphs() -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from recorded_graphs import RecordedGraph, recorded_graphs
+from recorded_graphs import RecordedGraph
 from torch import Tensor
 
 from fastcm.graphs import CALLS_TO_DECIDE, GraphCache, Graphed, Side, device_lock
 
-__all__ = ["recorded_graphs"]
 CPU = torch.device("cpu")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded_graphs import RecordedGraph, recorded_graphs
+from recorded_graphs import RecordedGraph
 from torch import Tensor, nn
 
 import fastcm
@@ -18,8 +18,6 @@ from fastcm import Sampler
 from fastcm.graphs import CALLS_TO_DECIDE
 from fastcm.networks import MLP
 from fastcm.sampling_loop import batches
-
-__all__ = ["recorded_graphs"]
 
 
 class Pointwise(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
-from recorded_graphs import RecordedGraph, recorded_graphs
+from recorded_graphs import RecordedGraph
 from torch import Tensor, nn
 
 import fastcm
@@ -22,7 +22,6 @@ from fastcm.training import NonFiniteError, finite
 from fastcm.training.gradients import Gradients, compile_blocks
 from fastcm.training.logging import Reading
 
-__all__ = ["recorded_graphs"]
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
 
