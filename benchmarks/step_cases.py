@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import fastcm
 from benchmarks.reference_loop import Given, Loop, Variant
-from fastcm import reference, rng
+from fastcm import rng
 from fastcm.data import as_source
 from fastcm.networks import MLP, DiT, UNet
+from fastcm.ops import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"

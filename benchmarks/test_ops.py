@@ -17,8 +17,8 @@ from torch import Tensor
 import fastcm
 from benchmarks import nvml
 from benchmarks.harness import Case, Report, measure
-from fastcm import losses, ops, reference, rng
-from fastcm.ops import Denoised, Noised
+from fastcm import losses, ops, rng
+from fastcm.ops import Denoised, Noised, reference
 
 SHAPES = {
     "cifar": (512, 3, 32, 32),

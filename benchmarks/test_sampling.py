@@ -22,7 +22,8 @@ import fastcm
 from benchmarks import nvml
 from benchmarks.harness import ATOL, Report, captured, interleaved, median_ratio
 from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, synchronize
-from fastcm import reference, rng
+from fastcm import rng
+from fastcm.ops import reference
 
 LATENCY, THROUGHPUT = (1, 8, 64), 512
 SETTINGS = [(steps, batch) for steps in (1, 4) for batch in LATENCY] + [(1, THROUGHPUT)]

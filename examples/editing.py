@@ -7,11 +7,11 @@ import copy
 import sys
 
 import torch
+from fastcm.pictures import save_rows
 
 import fastcm
 from fastcm import editing, ops, rng
 from fastcm.data import digits, to_unit
-from fastcm.pictures import save_rows
 from fastcm.sampling import multistep
 
 # digits in one of three inks, [N, 3, 8, 8] in -1..1

@@ -1,6 +1,12 @@
-"""Training, distilling and sampling few-step generative models."""
+"""Training, distilling and sampling few-step generative models.
 
-from fastcm import editing as editing
+The wings, each of which imports only those before it: the maths (`rng`, `paths`,
+`parameterization`, `schedules`, `losses`, `ema`), `ops`, `networks`, `objectives`, `runs`, `data`,
+`optim`, `sampling`, `training`, `evaluation`, `cli`. docs/architecture.md is a walk through them.
+"""
+
+import sys
+
 from fastcm import evaluation as evaluation
 from fastcm import losses as losses
 from fastcm import networks as networks
@@ -8,12 +14,11 @@ from fastcm import ops as ops
 from fastcm import rng as rng
 from fastcm import sampling as sampling
 from fastcm import schedules as schedules
-from fastcm.checkpoint import CheckpointError as CheckpointError
 from fastcm.data import Dataset as Dataset
 from fastcm.ema import EMA as EMA
 from fastcm.ema import CurriculumEMA as CurriculumEMA
 from fastcm.ema import PowerEMA as PowerEMA
-from fastcm.export import export_sampler as export_sampler
+from fastcm.evaluation import pictures as pictures
 from fastcm.objectives import Batch as Batch
 from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation
 from fastcm.objectives import ConsistencyTraining as ConsistencyTraining
@@ -28,9 +33,17 @@ from fastcm.paths import TrigFlow as TrigFlow
 from fastcm.paths import VarianceExploding as VarianceExploding
 from fastcm.paths import VariancePreserving as VariancePreserving
 from fastcm.rng import NoiseKey as NoiseKey
-from fastcm.sampler import Sampler as Sampler
+from fastcm.runs import CheckpointError as CheckpointError
+from fastcm.runs import posthoc as posthoc
+from fastcm.sampling import Sampler as Sampler
+from fastcm.sampling import editing as editing
+from fastcm.sampling import export_sampler as export_sampler
 from fastcm.training import NonFiniteError as NonFiniteError
 from fastcm.training import Trainer as Trainer
 from fastcm.training import warmup_cosine as warmup_cosine
 
 __version__ = "0.1.0"
+
+# Modules of wings that go by a short name, in import statements too.
+for _module in (editing, pictures, posthoc):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_operators import NAMES, cases, flat
+from operator_cases import NAMES, cases, flat
 from tolerances import assert_close, rounding_slack
 from torch import Tensor
 

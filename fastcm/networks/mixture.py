@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastcm import reference, rng
+from fastcm import rng
 from fastcm.networks.embedding import check_input
+from fastcm.ops import reference
+from fastcm.ops.reference import lift
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Point
-from fastcm.reference import lift
 
 # streams of the data's own, so that it shares no noise with a training of the same seed
 _COMPONENT, _VALUE = rng.SAMPLE - 2, rng.SAMPLE - 1

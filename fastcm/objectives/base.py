@@ -12,8 +12,8 @@ from torch import Tensor
 from fastcm import ops, rng
 from fastcm.ema import Average
 from fastcm.ops import Noised
+from fastcm.ops.reference import lift
 from fastcm.parameterization import Parameterization
-from fastcm.reference import lift
 from fastcm.rng import NoiseKey
 
 Network = Callable[..., Tensor]

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.objectives.base import (
-    Batch,
-    Loss,
-    Network,
-    check_output,
-    target_output,
-    unconditional,
-)
+from fastcm.objectives.base import Batch, Loss, Network, check_output, target_output, unconditional
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
 from fastcm.parameterization import Parameterization

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from fastcm import reference
 from fastcm.kernels import native
 from fastcm.kernels.tables import CHUNK
+from fastcm.ops import reference
 from fastcm.optim import sharding
 from fastcm.optim.layout import Layout
 from fastcm.optim.tables import Tables
@@ -146,7 +146,7 @@ class Native:
 
 
 class Plain:
-    """`fastcm.reference`, one parameter at a time. Waits for the device once in a step."""
+    """`fastcm.ops.reference`, one parameter at a time. Waits for the device once in a step."""
 
     shadows = False
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastcm import checkpoint
-from fastcm.checkpoint import CheckpointError
-from fastcm.description import differences
+from fastcm.runs import checkpoint
+from fastcm.runs.checkpoint import CheckpointError
+from fastcm.runs.description import differences
 from fastcm.training.optimizer_state import check_optimizer
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fastcm.description import describe
+from fastcm.runs.description import describe
 
 if TYPE_CHECKING:
     from fastcm.training.trainer import Trainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastcm import checkpoint
+from fastcm.runs import checkpoint
 from fastcm.training.logging import Reading
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastcm.checkpoint import replace_file
+from fastcm.runs.checkpoint import replace_file
 from fastcm.schedules import intervals
 from fastcm.training.tensorboard import Scalars
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastcm import checkpoint
-from fastcm.checkpoint import CheckpointError
+from fastcm.runs import checkpoint
+from fastcm.runs.checkpoint import CheckpointError
 
 
 def check_optimizer(

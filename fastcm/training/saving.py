@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastcm import checkpoint
-from fastcm.files import clear
+from fastcm.runs import checkpoint
+from fastcm.runs.files import clear
+from fastcm.runs.lock import RunLock
 from fastcm.training.checkpoint import contents
-from fastcm.training.lock import RunLock
 from fastcm.training.logging import MetricsFile
 from fastcm.training.writer import Writer
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm.data import as_source
-from fastcm.description import describe
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.precision import Precision
 from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
+from fastcm.runs.description import describe
 from fastcm.training.checkpoint import read
 from fastcm.training.checks import check_classes, check_teacher
 from fastcm.training.configuration import configuration

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcm import checkpoint
-from fastcm.training.lock import RunLock
+from fastcm.runs import checkpoint
+from fastcm.runs.lock import RunLock
 
 Groups = dict[str, dict[str, Tensor]]
 

@@ -1,0 +1,251 @@
+"""From option values to a trainer: the tables and defaults of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastcm import data, losses, networks, paths, schedules
+from fastcm.data import Dataset
+from fastcm.ema import EMA
+from fastcm.objectives import ConsistencyDistillation, ConsistencyTraining, FlowMatching, Objective
+from fastcm.optim import AdamW
+from fastcm.parameterization import Parameterization
+from fastcm.sampling import Sampler
+from fastcm.training import Trainer, warmup_cosine
+
+METHODS = ("flow", "ct", "cd")
+PATHS: dict[str, paths.Path] = {
+    "linear": paths.Linear(),
+    "ve": paths.VarianceExploding(),
+    "trig": paths.TrigFlow(),
+    "vp": paths.VariancePreserving(),
+}
+METRICS: dict[str, losses.Metric] = {
+    "squared-l2": losses.SquaredL2(),
+    "l2": losses.L2(),
+    "l1": losses.L1(),
+    "pseudo-huber": losses.PseudoHuber(),
+}
+WEIGHTS: dict[str, losses.Weight] = {
+    "uniform": losses.uniform,
+    "inverse-gap": losses.inverse_gap,
+    "inverse-square": losses.inverse_square,
+    "snr": losses.snr,
+    "min-snr": losses.MinSNR(),
+    "karras": losses.Karras(),
+}
+GRIDS: dict[str, schedules.Grid] = {
+    "uniform": schedules.UniformGrid(),
+    "karras": schedules.KarrasGrid(),
+}
+TIMES: dict[str, schedules.TimeSampler] = {
+    "uniform": schedules.UniformTime(),
+    "logit-normal": schedules.LogitNormal(),
+    "log-normal": schedules.LogNormal(),
+}
+CURRICULA: dict[str, Callable[[int], schedules.Curriculum]] = {
+    "cm": schedules.CMCurriculum,
+    "ict": schedules.ICTCurriculum,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of ``fastcm train``; None is the method's default.
+
+    An option that the method does not have is refused, never ignored.
+    """
+
+    data: str = "digits"
+    method: str = "ct"
+    net: str = "mlp"
+    steps: int = 1000
+    batch: int = 256
+    size: int | None = None
+    channels: int | None = None
+    held_out: float = 0.2
+    conditional: bool = False
+    condition_dropout: float | None = None
+    path: str = "linear"
+    prediction: str | None = None
+    times: str | None = None
+    metric: str | None = None
+    weight: str | None = None
+    grid: str | None = None
+    intervals: str | None = None
+    target_ema: float | None = None
+    teacher: str | None = None
+    guidance: float | None = None
+    width: int | None = None
+    lr: float | None = None
+    warmup: int = 50
+    lr_floor: float = 0.1
+    ema: tuple[float, ...] = (0.995,)
+    clip: float = 1.0
+    seed: int = 0
+    precision: str = "fp32"
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, table in (
+            ("method", METHODS),
+            ("path", PATHS),
+            ("times", TIMES),
+            ("metric", METRICS),
+            ("weight", WEIGHTS),
+            ("grid", GRIDS),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in table:
+                raise ValueError(f"--{name} must be one of {', '.join(table)}, got {value!r}")
+        if self.steps < 1:
+            raise ValueError(f"--steps must be >= 1, got {self.steps}")
+        if not self.lr_rate > 0:
+            raise ValueError(f"--lr must be > 0, got {self.lr}")
+        if self.clip < 0:
+            raise ValueError(f"--clip must be >= 0 (0 does not clip), got {self.clip}")
+        if self.compile not in ("auto", "on", "off"):
+            raise ValueError(f"--compile must be auto, on or off, got {self.compile!r}")
+        allowed = {
+            "flow": {"condition_dropout"},
+            "ct": {"grid", "intervals", "target_ema"},
+            "cd": {"grid", "intervals", "target_ema", "teacher", "guidance"},
+        }
+        for name in sorted(set().union(*allowed.values()) - allowed[self.method]):
+            if getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} has no meaning for --method {self.method}")
+        for name in ("condition_dropout", "guidance"):
+            if getattr(self, name) is not None and not self.conditional:
+                raise ValueError(f"--{name.replace('_', '-')} needs --conditional")
+        if self.method == "cd" and self.teacher is None:
+            raise ValueError("--method cd needs --teacher RUN, the directory of a trained flow")
+
+    @property
+    def lr_rate(self) -> float:
+        """The learning rate, 1e-3 unless given."""
+        return 1e-3 if self.lr is None else self.lr
+
+    def datasets(self) -> tuple[Dataset, Dataset]:
+        """Training and held-out data."""
+        whole = data.load(self.data, size=self.size, channels=self.channels)
+        if self.conditional and whole.labels is None:
+            raise ValueError(f"--conditional needs labels, and {self.data} has none")
+        if not self.conditional:
+            whole = Dataset(whole.x)
+        return whole.split(self.held_out)
+
+    def network(self, dataset: Dataset) -> nn.Module:
+        """The network for data of this shape, initialised from the seed."""
+        shape = dataset.shape
+        description: dict[str, object] = {"name": self.net, "num_classes": dataset.num_classes}
+        if self.net == "mlp":
+            description["shape"] = shape
+        elif len(shape) != 3:
+            raise ValueError(f"--net {self.net} needs images [C, H, W], got samples {list(shape)}")
+        else:
+            description["in_channels"] = shape[0]
+            if self.net == "dit":
+                description["size"] = list(shape[1:])
+        if self.width is not None:
+            description["base_channels" if self.net == "unet" else "width"] = self.width
+        if self.path in ("ve", "vp"):  # told 250 ln t or an index: of the embedding's scale
+            description["time_scale"] = 1.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return networks.build(description)
+
+    def objective(self, dataset: Dataset, teacher: Sampler | None) -> Objective:
+        """The training method with its options."""
+        p = Parameterization(PATHS[self.path], cast(Any, self.prediction))
+        options: dict[str, Any] = {"parameterization": p}
+        if self.times is not None:
+            options["times"] = TIMES[self.times]
+        if self.metric is not None:
+            options["metric"] = METRICS[self.metric]
+        if self.weight is not None:
+            options["weight"] = WEIGHTS[self.weight]
+        if self.method == "flow":
+            if self.condition_dropout is not None:
+                options["condition_dropout"] = self.condition_dropout
+                options["null_condition"] = dataset.num_classes
+            return FlowMatching(**options)
+        if self.grid is not None:
+            options["grid"] = GRIDS[self.grid]
+        if self.target_ema is not None:
+            options["target_average"] = EMA(self.target_ema)
+        if self.intervals is not None:
+            options["discretization"] = self._discretization(self.intervals)
+        if self.method == "ct":
+            return ConsistencyTraining(**options)
+        if self.guidance is not None:
+            options["guidance"] = self.guidance
+            options["null_condition"] = dataset.num_classes
+        assert teacher is not None
+        options["teacher_parameterization"] = teacher.parameterization
+        return ConsistencyDistillation(teacher.net, **options)
+
+    def _discretization(self, value: str) -> int | schedules.Curriculum:
+        if value in CURRICULA:
+            return CURRICULA[value](self.steps)
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(
+                f"--intervals must be a number or one of {', '.join(CURRICULA)}, got {value!r}"
+            ) from None
+
+    def trainer(self, directory: Path, **options: Any) -> Trainer:
+        """The trainer of this recipe; CD starts from the teacher's weights."""
+        dataset, _ = self.datasets()
+        net = self.network(dataset)
+        teacher = None
+        if self.teacher is not None:
+            teacher = self._load_teacher(dataset, net)
+        optimizer = AdamW(net.parameters(), self.lr_rate, weight_decay=0.0)
+        return Trainer(
+            net,
+            self.objective(dataset, teacher),
+            optimizer,
+            data=dataset,
+            batch_size=self.batch,
+            seed=self.seed,
+            averages=tuple(EMA(decay) for decay in self.ema),
+            lr_schedule=warmup_cosine(self.warmup, self.steps, self.lr_floor),
+            max_grad_norm=self.clip or None,
+            precision=cast(Any, self.precision),
+            compile=cast(Any, {"auto": "auto", "on": True, "off": False}[self.compile]),
+            directory=directory,
+            **options,
+        )
+
+    def _load_teacher(self, dataset: Dataset, net: nn.Module) -> Sampler:
+        sampler = Sampler.from_run(cast(str, self.teacher))
+        theirs = sampler.parameterization
+        ours = Parameterization(PATHS[self.path], cast(Any, self.prediction))
+        if sampler.shape != dataset.shape:
+            raise ValueError(
+                f"--teacher {self.teacher} makes samples {list(sampler.shape or ())}, "
+                f"the data has {list(dataset.shape)}"
+            )
+        # "cm" is EDM's preconditioning with the boundary shift: the weights carry over
+        same = theirs.prediction in (ours.prediction, "edm" if ours.prediction == "cm" else None)
+        if theirs.path != ours.path or not same:
+            raise ValueError(
+                f"--teacher {self.teacher} was trained under {theirs}, the student under {ours}: "
+                "give --path and --prediction that agree"
+            )
+        mine, wanted = (getattr(n, "description", None) for n in (net, sampler.net))
+        if mine != wanted:
+            raise ValueError(
+                f"--teacher {self.teacher} is {wanted}, the student {mine}: give the options that "
+                "make them equal, since the student starts from the teacher's weights"
+            )
+        net.load_state_dict(sampler.net.state_dict())
+        return sampler

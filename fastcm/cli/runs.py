@@ -1,0 +1,127 @@
+"""Directories of runs: opened for training, and read for their recipe, data and labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcm.cli.recipes import Recipe
+from fastcm.data import Dataset, as_source
+from fastcm.runs import checkpoint
+from fastcm.runs.checkpoint import RUN_STATE, load_newest
+from fastcm.runs.description import differences
+from fastcm.runs.lock import RunLock
+from fastcm.sampling import Sampler
+
+RUN_FILE = "run.json"
+
+
+def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> bool:
+    """Prepare a run directory; returns whether there is a checkpoint to resume from.
+
+    Raises:
+        FileExistsError: the directory holds a run and `resume` is False.
+        BlockingIOError: another process trains in it.
+        ValueError: it holds a run of other settings.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file, not a directory for a run")
+    data = json.dumps(settings, indent=1).encode()
+    if not _is_used(directory):
+        with RunLock(directory):
+            if not _is_used(directory):  # nobody was faster
+                checkpoint.replace_file(directory / RUN_FILE, data)
+                return False
+    if not resume:
+        raise FileExistsError(
+            f"{directory} holds a run already: continue it with --resume, or choose another --out"
+        )
+    if (directory / RUN_FILE).exists():  # if not, none is made: nobody has checked these settings
+        old, settings = read_run(directory), json.loads(data)
+        changed = [
+            f"--{name.replace('_', '-')}: {old.get(name)!r} -> {settings.get(name)!r}"
+            for name in sorted({*old, *settings})
+            if old.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ValueError(f"{directory} is a run of other settings: " + "; ".join(changed))
+    return bool(checkpoint.list_checkpoints(directory))
+
+
+def _is_used(directory: Path) -> bool:
+    return (directory / RUN_FILE).exists() or bool(checkpoint.list_checkpoints(directory))
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or they cannot be read.
+    """
+    path = directory / RUN_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} is not a run directory: it has no {RUN_FILE}")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings")
+    return settings
+
+
+def of_run(directory: Path) -> Recipe:
+    """The recipe that a run directory was made with.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not one of this version.
+    """
+    settings = read_run(directory)
+    try:
+        return Recipe(**{**settings, "ema": tuple(settings["ema"])})
+    except (KeyError, TypeError) as error:
+        path = directory / RUN_FILE
+        raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
+
+
+def datasets(run: Path) -> tuple[Dataset, Dataset]:
+    """Training and held-out data of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: no run of ``fastcm train``, or its data has changed since.
+    """
+    train_data, held_out = of_run(run).datasets()
+    source = as_source(train_data, seed=0, device="cpu")
+    found, _ = load_newest(run, only=set(), requires=RUN_STATE)
+    changed = differences(found.state["config"]["data"], source.describe())
+    if changed:
+        raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
+    return train_data, held_out
+
+
+def labels(sampler: Sampler, n: int, label: int | None = None, *, first: int = 0) -> Tensor | None:
+    """Labels of samples first .. first + n - 1, int64 ``[n]``; None if the network has no classes.
+
+    Args:
+        sampler: whose network's description says how many classes there are.
+        n: how many.
+        label: of all; default i % classes for sample i.
+        first: index of the first.
+
+    Raises:
+        ValueError: a label without classes, or out of their range.
+    """
+    description: Any = getattr(sampler.net, "description", {})
+    classes = description.get("num_classes")
+    if classes is None:
+        if label is not None:
+            raise ValueError("--label needs a run that was trained with --conditional")
+        return None
+    if label is not None and not 0 <= label < classes:
+        raise ValueError(f"--label must be in [0, {classes}), got {label}")
+    return torch.arange(first, first + n) % classes if label is None else torch.full((n,), label)

@@ -1,0 +1,102 @@
+"""The command ``fastcm sample``: one file of samples, or a folder of many."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from fastcm.cli.runs import labels
+from fastcm.cli.sample_folder import check_range, sample_folder
+from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
+from fastcm.sampling import Sampler
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    out: Annotated[Path, typer.Option(help=".png (one grid), .npy, or a folder for many")],
+    n: Annotated[int, typer.Option(help="how many")] = 64,
+    steps: Annotated[int, typer.Option(help="network evaluations")] = 1,
+    method: Annotated[str, typer.Option(help="multistep or ode")] = "multistep",
+    solver: Annotated[str, typer.Option(help="ode: euler, heun, ddim or dpmpp_2m")] = "euler",
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
+    ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
+    label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
+    guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
+    batch: Annotated[
+        int, typer.Option(help="samples computed at once; for a folder only whole batches")
+    ] = 512,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile the network: for many samples")
+    ] = False,
+    format: Annotated[
+        str | None, typer.Option(help="of a folder: png (images' default) or npz (others')")
+    ] = None,
+) -> None:
+    """Draw samples from a trained run.
+
+    A folder is filled batch by batch: the same command continues where it was stopped, and
+    processes with ranges of their own (--first, --n) work on it side by side.
+    """
+    if method != "ode" and solver != "euler":
+        raise ValueError("--solver has a meaning only with --method ode")
+    if (out / CHECKPOINTS).exists():
+        raise ValueError(f"--out {out} is the directory of a run, choose another")
+    if out.suffix not in (".npy", ".png", ""):
+        raise ValueError(f"--out must end in .png or .npy, or name a folder, got {out}")
+    if format is not None and out.suffix:
+        raise ValueError(f"--format is that of the files in a folder, and --out {out} is one file")
+    check_range(n, first)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sampler = Sampler.from_run(
+        run,
+        steps=steps,
+        method=method,
+        solver=solver,
+        ema=ema,
+        device=device,
+        batch_size=batch,
+        precision=precision,
+        compile=compile,
+    )
+    if guidance is not None and labels(sampler, 0) is None:
+        raise ValueError("--guidance needs a run that was trained with --conditional")
+    options: dict[str, Any] = {"seed": seed, "guidance": guidance}
+    if not out.suffix:
+        found, _ = load_newest(run, only=set(), requires=RUN_STATE)
+        source = {"step": found.state["step"], "ema": ema, "precision": precision}
+        _fill(out, n, sampler, first=first, label=label, format=format, source=source, **options)
+        return
+    cond = labels(sampler, n, label, first=first)
+    x = sampler(n, first_sample=first, cond=cond, **options).cpu()
+    if out.suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, x.numpy())
+        replace_file(out, buffer.getvalue())
+    else:
+        from fastcm.evaluation.pictures import save_grid
+
+        save_grid(x, out)
+    print(f"{n} samples of {list(x.shape[1:])} in {out}")
+
+
+def _fill(out: Path, n: int, sampler: Sampler, **options: Any) -> None:
+    """Draw into a folder, and say what was done."""
+    done = sample_folder(sampler, out, n, **options)
+    if n == 0:
+        print(f"{out}: --n 0, nothing to draw, nothing written")
+        return
+    rate = f" at {done.drawn / done.seconds:.1f} img/s" if done.drawn else ""
+    said = f"{done.drawn} drawn{rate}, {done.present} there before"
+    if done.interrupted is None:
+        print(f"{out}: {said}")
+        return
+    left = n - done.drawn - done.present
+    print(f"{out}: stopped by {done.interrupted.name}: {said}, {left} left for the same command")
+    raise typer.Exit(128 + done.interrupted)

@@ -1,0 +1,286 @@
+"""Samples into a folder, batch by batch: resumable, by several processes side by side.
+
+FOLDER/samples.json              what defines the samples: one setting a folder
+FOLDER/000123.png                format "png": one file a sample, by its index
+FOLDER/000512-001023.npz         format "npz": one file a batch, by its first and last index
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcm.cli.runs import labels
+from fastcm.evaluation import pictures
+from fastcm.progress import Progress
+from fastcm.rng import check_key
+from fastcm.runs.checkpoint import digest
+from fastcm.runs.description import differences
+from fastcm.runs.files import WRITING, create_file, read_state, replace_file
+from fastcm.sampling import Sampler
+from fastcm.training.interrupt import StopSignals
+
+SETTINGS = "samples.json"
+FORMATS = ("png", "npz")
+_END = 2**32  # of the indices
+_NAME = re.compile(r"(\d+)(?:\.png|-(\d+)\.npz)")
+_LEFT_OVER = re.compile(rf"{re.escape(WRITING)}(.+)-(\d{{1,9}})")
+_WRITERS = 8  # a small file costs waiting for the disk, not work
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a call of `sample_folder` did.
+
+    Args:
+        drawn: samples of the range that were computed and written.
+        present: samples of the range that were there before.
+        seconds: that it took, without the checks of arguments.
+        interrupted: the signal that ended it early, or None.
+    """
+
+    drawn: int = 0
+    present: int = 0
+    seconds: float = 0.0
+    interrupted: signal.Signals | None = None
+
+
+def sample_folder(
+    sampler: Sampler,
+    folder: str | Path,
+    n: int,
+    *,
+    first: int = 0,
+    seed: int = 0,
+    label: int | None = None,
+    guidance: float | None = None,
+    format: str | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> Drawn:
+    """Draw samples first .. first + n - 1 into a folder, except those that are there already.
+
+    Whole batches are computed, from one multiple of the sampler's `batch_size` to the next, and
+    what the range needs of them is written: a sample does not depend on how the work was divided
+    or interrupted. One batch is held at a time. Any number of processes may draw ranges that do
+    not overlap. The first SIGTERM or SIGINT ends the call after the batch.
+
+    Args:
+        sampler: of a known `shape`; if its network has classes, sample i has label i % classes.
+        folder: created when the first batch is drawn.
+        n: how many; 0 writes nothing.
+        first: index of the first, >= 0; first + n <= 2**32.
+        seed: of the noise.
+        label: the class of all samples, instead of all classes in turn.
+        guidance: weight of guidance, or None.
+        format: "png" (the default of images ``[1 | 3 | 4, H, W]``) or "npz": ``arr_0`` of images
+            uint8 ``[b, H, W, C]``, of other samples float32 ``[b, ...]``; with labels ``arr_1``,
+            int64 ``[b]``.
+        source: what else defines the samples; JSON-able, recorded and compared.
+
+    Raises:
+        ValueError: an argument out of its range; the folder has samples of another setting.
+        OSError: the folder cannot be written to; the files in it stay valid.
+    """
+    check_range(n, first)
+    check_key(seed)
+    if sampler.shape is None:
+        raise ValueError("the sampler must know the shape of a sample: Sampler(shape=...)")
+    labels(sampler, 0, label)
+    format = _format(format, sampler.shape)
+    settings = {
+        **(source or {}),
+        "weights": digest(sampler.net.state_dict()),
+        "seed": seed,
+        "times": list(sampler.times),
+        "method": sampler.method,
+        "solver": sampler.solver,
+        "guidance": guidance,
+        "label": label,
+        "format": format,
+        "shape": list(sampler.shape),
+        "batch_size": sampler.batch_size,
+    }
+    if n == 0:
+        return Drawn()
+    out = _Folder(Path(folder), format, json.loads(json.dumps(settings)))
+    out.check()
+
+    def draw(batch: range, parts: list[range]) -> None:
+        cond = labels(sampler, len(batch), label, first=batch.start)
+        x = sampler(
+            len(batch), seed=seed, first_sample=batch.start, cond=cond, guidance=guidance
+        ).cpu()
+        x = pictures.to_uint8(x) if _is_image(x.shape[1:]) else x
+        out.claim()  # not before: what the sampler refuses leaves no folder
+        list(pool.map(lambda part: out.save(part, batch, x, cond), parts))
+
+    drawn = present = 0
+    begin, size = time.perf_counter(), sampler.batch_size
+    with (
+        StopSignals() as stop,
+        Progress("sampling", n) as bar,
+        ThreadPoolExecutor(_WRITERS) as pool,
+    ):
+        for start in range(first - first % size, first + n, size):
+            wanted = range(max(start, first), min(start + size, first + n))
+            parts = out.missing(wanted)
+            if parts:
+                draw(range(start, min(start + size, _END)), parts)
+            count = sum(map(len, parts))
+            drawn, present = drawn + count, present + len(wanted) - count
+            bar.advance(len(wanted))
+            if stop.received is not None:
+                break
+    out.clear(range(first, first + n))
+    interrupted = stop.received if drawn + present < n else None
+    return Drawn(drawn, present, time.perf_counter() - begin, interrupted)
+
+
+def check_range(n: int, first: int) -> None:
+    """Raise ValueError unless samples first .. first + n - 1 exist."""
+    if n < 0:
+        raise ValueError(f"n must be >= 0, got {n}")
+    if first < 0 or first + n > _END:
+        raise ValueError(
+            f"first must be >= 0 and first + n at most 2**32, got first={first}, n={n}"
+        )
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] in (1, 3, 4)
+
+
+def _format(format: str | None, shape: tuple[int, ...]) -> str:
+    if format is None:
+        return "png" if _is_image(shape) else "npz"
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format == "png" and not _is_image(shape):
+        raise ValueError(f"png holds images [1 | 3 | 4, H, W], samples are {list(shape)}: use npz")
+    return format
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Files of samples, each named by the indices that it holds."""
+
+    path: Path
+    format: str
+    settings: dict[str, Any]
+
+    def check(self) -> None:
+        """Raise ValueError if the folder has samples of another setting, or of an unknown one."""
+        record = self.path / SETTINGS
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file, not a folder for samples")
+        if not record.exists():
+            foreign = next((n for n in os.listdir(self.path) if n.endswith((".png", ".npz"))), None)
+            if foreign is None:
+                return
+            if not record.exists():  # asked again: another process writes it before its samples
+                raise ValueError(
+                    f"{self.path} has {foreign} and no {SETTINGS}: samples would be mixed up with "
+                    "other files, choose an empty folder"
+                )
+        changed = differences(read_state(record), self.settings)
+        if changed:
+            raise ValueError(
+                f"{self.path} holds samples of another setting: {'; '.join(changed)}; "
+                "choose another folder"
+            )
+
+    def claim(self) -> None:
+        """Record the setting; ValueError if another process was faster, and has another one."""
+        if not (self.path / SETTINGS).exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            create_file(self.path / SETTINGS, json.dumps(self.settings, indent=1).encode())
+        self.check()
+
+    def missing(self, wanted: range) -> list[range]:
+        """The indices that are in no file, a range for each file to write."""
+        if self.format == "png":
+            files = (range(i, i + 1) for i in wanted)
+            return [file for file in files if not (self.path / self.name(file)).exists()]
+        gaps, at = [], wanted.start
+        for shard in self._shards():
+            if shard.stop > at and shard.start < wanted.stop:
+                gaps.append(range(at, shard.start))
+                at = shard.stop
+        gaps.append(range(at, wanted.stop))
+        return [gap for gap in gaps if gap]
+
+    def _shards(self) -> list[range]:
+        names = os.listdir(self.path) if self.path.exists() else []
+        shards = sorted(filter(None, map(_indices, names)), key=lambda shard: shard.start)
+        for a, b in pairwise(shards):
+            if b.start < a.stop:
+                raise ValueError(
+                    f"{self.name(a)} and {self.name(b)} in {self.path} hold the same samples, as "
+                    "if processes had drawn overlapping ranges: remove one of them"
+                )
+        return shards
+
+    def name(self, part: range) -> str:
+        if self.format == "png":
+            return f"{part.start:06d}.png"
+        return f"{part.start:06d}-{part.stop - 1:06d}.npz"
+
+    def save(self, part: range, batch: range, x: Tensor, cond: Tensor | None) -> None:
+        """Write the file of a part of a batch."""
+        rows = slice(part.start - batch.start, part.stop - batch.start)
+        x = x[rows]
+        if self.format == "png":
+            data = pictures.png(x[0])
+        else:
+            arrays = [x.permute(0, 2, 3, 1).contiguous() if x.dtype == torch.uint8 else x]
+            arrays += [] if cond is None else [cond[rows]]
+            buffer = io.BytesIO()
+            np.savez(buffer, *(array.numpy() for array in arrays))
+            data = buffer.getvalue()
+        replace_file(self.path / self.name(part), data)
+
+    def clear(self, wanted: range) -> None:
+        """Remove what killed processes left of files in a range; in others somebody may write."""
+        if os.name != "posix":  # os.kill would do harm
+            return
+        for path in self.path.glob(f"{WRITING}*"):
+            match = _LEFT_OVER.fullmatch(path.name)
+            if match is None or _is_running(int(match[2])):
+                continue
+            held = _indices(match[1])
+            ours = held is not None and held.start < wanted.stop and held.stop > wanted.start
+            if ours or match[1] == SETTINGS:
+                path.unlink(missing_ok=True)
+
+
+def _indices(name: str) -> range | None:
+    """The indices of the samples in a file, by its name."""
+    match = _NAME.fullmatch(name)
+    return match and range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether it is a process of this machine, and another one."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()

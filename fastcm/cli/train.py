@@ -1,0 +1,154 @@
+"""The command ``fastcm train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from fastcm.cli import recipes
+from fastcm.cli.recipes import Recipe
+from fastcm.cli.runs import open_run
+from fastcm.objectives import FlowMatching
+from fastcm.sampling import Sampler
+from fastcm.training import Trainer
+from fastcm.training.trainer import Callback
+
+console = Console()
+
+
+def _names(table: Any) -> str:
+    return ", ".join(table)
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="directory of the run: checkpoints and metrics")],
+    data: Annotated[
+        str, typer.Option(help='"digits", a folder of images, .npy or .npz')
+    ] = "digits",
+    method: Annotated[
+        str, typer.Option(help="flow (ReFlow), ct (consistency training), cd")
+    ] = "ct",
+    net: Annotated[str, typer.Option(help="mlp, unet or dit")] = "mlp",
+    width: Annotated[int | None, typer.Option(help="of the network; its default if absent")] = None,
+    steps: Annotated[int, typer.Option(help="training steps in all")] = 1000,
+    batch: Annotated[int, typer.Option(help="samples a step")] = 256,
+    size: Annotated[int | None, typer.Option(help="resize and crop a folder's images")] = None,
+    channels: Annotated[int | None, typer.Option(help="of a folder's images: 1, 3 or 4")] = None,
+    held_out: Annotated[float, typer.Option(help="share of the data kept for evaluation")] = 0.2,
+    conditional: Annotated[bool, typer.Option(help="train on the labels of the data")] = False,
+    condition_dropout: Annotated[
+        float | None, typer.Option(help="flow: share of rows without label, for guidance")
+    ] = None,
+    path: Annotated[str, typer.Option(help=_names(recipes.PATHS))] = "linear",
+    prediction: Annotated[
+        str | None, typer.Option(help="v, eps, x0, edm or cm; the path's own if absent")
+    ] = None,
+    times: Annotated[
+        str | None, typer.Option(help=f"density of t: {_names(recipes.TIMES)}")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help=_names(recipes.METRICS))] = None,
+    weight: Annotated[str | None, typer.Option(help=_names(recipes.WEIGHTS))] = None,
+    grid: Annotated[str | None, typer.Option(help=f"ct, cd: {_names(recipes.GRIDS)}")] = None,
+    intervals: Annotated[
+        str | None, typer.Option(help="ct, cd: number of intervals [40], or curriculum cm, ict")
+    ] = None,
+    target_ema: Annotated[
+        float | None, typer.Option(help="ct, cd: decay of the target network [0.9]")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="cd: directory of the teacher's run")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="cd: weight of the teacher's guidance")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate [0.001]")] = None,
+    warmup: Annotated[int, typer.Option(help="steps of linear warm-up")] = 50,
+    lr_floor: Annotated[float, typer.Option(help="share of lr at the end of the cosine")] = 0.1,
+    ema: Annotated[list[float], typer.Option(help="decay of the weight average; may repeat")] = [  # noqa: B006
+        0.995
+    ],
+    clip: Annotated[float, typer.Option(help="largest gradient norm; 0 does not clip")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of weights, noise and data order")] = 0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    compile: Annotated[str, typer.Option(help="auto (the faster), on or off")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one")] = None,
+    save_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: at the end")] = 500,
+    keep: Annotated[int, typer.Option(help="checkpoints to keep")] = 3,
+    keep_every: Annotated[
+        int, typer.Option(help="steps between checkpoints to keep for ever; 0: none")
+    ] = 0,
+    sample_every: Annotated[int, typer.Option(help="steps between pictures of samples")] = 0,
+    log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 50,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write the metrics for TensorBoard, too")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+) -> None:
+    """Train a network; the run can be interrupted at any time and continued with --resume."""
+    given: dict[str, Any] = dict(locals())
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    options: dict[str, Any] = {k: v for k, v in given.items() if k in fields}
+    recipe = Recipe(**{**options, "ema": tuple(ema)})
+    settings = dataclasses.asdict(recipe)
+    callbacks = [sample_pictures(out, sample_every)] if sample_every else []
+    # everything that can be refused is refused before the directory is made
+    trainer = recipe.trainer(
+        out,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        save_every=save_every,
+        keep=keep,
+        keep_every=keep_every,
+        tensorboard=tensorboard,
+        log_every=log_every,
+        callbacks=callbacks,
+    )
+    if open_run(out, settings, resume=resume):
+        trainer.load()
+        console.print(f"resumed {out} at step {trainer.step}", highlight=False)
+    trainer.fit(max(steps - trainer.step, 0))
+    if trainer.interrupted is not None and trainer.step < steps:
+        name, step = trainer.interrupted.name, trainer.step
+        print(f"{out}: stopped by {name} at step {step}, continue with: {_resuming(sys.argv)}")
+        return
+    console.print(f"{out}: {trainer.step} steps, {trainer.metrics or 'nothing left to do'}")
+
+
+def _resuming(command: list[str]) -> str:
+    """The command line that continues the one given."""
+    program, *arguments = command
+    if Path(program).name == "__main__.py":
+        start = [sys.executable, "-m", "fastcm"]
+    else:
+        start = [program]
+    more = [] if "--resume" in arguments else ["--resume"]
+    return shlex.join([*start, *arguments, *more])
+
+
+def sample_pictures(directory: Path, every: int, *, seed: int = 0) -> Callback:
+    """A callback that writes a grid of samples of the first average every so many steps."""
+    from fastcm.evaluation.pictures import save_grid
+
+    def callback(trainer: Trainer, event: str) -> None:
+        if event != "step" or trainer.step % every:
+            return
+        p = trainer.objective.parameterization
+        flow = isinstance(trainer.objective, FlowMatching)
+        classes = (trainer.metadata["network"] or {}).get("num_classes")
+        labels = torch.arange(64) % classes if classes else None
+        sampler = Sampler(
+            trainer.ema_network(0),
+            p,
+            steps=32 if flow else 1,
+            method="ode" if flow else "multistep",
+            shape=trainer.metadata["shape"],
+        )
+        folder = directory / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_grid(sampler(64, seed=seed, cond=labels), folder / f"step_{trainer.step:09d}.png")
+
+    return callback

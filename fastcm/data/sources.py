@@ -1,0 +1,252 @@
+"""The sources of batches that training draws from.
+
+A `Source` answers ``draw(step, batch_size)``: `DeviceData` by a permutation that is a pure
+function of (seed, epoch), so that a resumed, re-batched or distributed run sees the same rows;
+`IterableData` by reading a loader in its own order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcm import rng
+from fastcm.data.datasets import Dataset as Dataset
+from fastcm.data.datasets import array_file as array_file
+from fastcm.data.datasets import as_condition, as_samples
+from fastcm.data.datasets import digits as digits
+from fastcm.data.datasets import image_folder as image_folder
+from fastcm.data.datasets import load as load
+from fastcm.data.datasets import to_unit as to_unit
+from fastcm.runs.checkpoint import digest
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a training step gets its batch from."""
+
+    def draw(self, step: int, batch_size: int) -> Batch:
+        """The batch ``(x, cond)`` of a step; x is uint8 or float32 ``[batch_size, ...]``."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """JSON-able: what must agree for a run to be resumed."""
+        ...
+
+
+class DeviceData:
+    """A data set resident on a device, each epoch a fresh permutation of all its rows.
+
+    The stream of rows is a pure function of the seed: position p holds row
+    ``permutation(p // N)[p % N]``, at any batch size and on any device.
+
+    Args:
+        dataset: the data; moved to `device`.
+        seed: of the permutations.
+        device: where the data lives and the batches are gathered.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, device: torch.device | str) -> None:
+        self.dataset = dataset.to(device)
+        self._key = rng.NoiseKey(seed, device=device)
+        self._epochs: list[int | None] = []
+        self._order = torch.empty(0, dtype=torch.int64, device=device)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of the rows in an epoch: int64 ``[N]``."""
+        self._key.step.fill_(epoch)  # no host synchronisation, unlike a new key
+        words = rng.words(len(self), self._key, stream=rng.DATA)
+        return torch.argsort((words[:, 0] << 31) ^ words[:, 1], stable=True)
+
+    def prepare(self, position: int, count: int) -> None:
+        """Have the permutations at hand that `gather` needs at this position; on the device."""
+        if position < 0 or count < 1:
+            raise ValueError(f"batch needs position >= 0 and count >= 1, got {position}, {count}")
+        n = len(self)
+        rows = max(2, -(-count // n) + 1)  # so many epochs a batch can touch
+        if rows > len(self._epochs):
+            self._epochs = [None] * rows
+            self._order = torch.empty(rows * n, dtype=torch.int64, device=self._order.device)
+        for epoch in range(position // n, (position + count - 1) // n + 1):
+            row = epoch % len(self._epochs)
+            if self._epochs[row] != epoch:
+                self._order[row * n : (row + 1) * n] = self.permutation(epoch)
+                self._epochs[row] = epoch
+
+    def gather(self, position: Tensor, count: int) -> Batch:
+        """The rows from `position` on, an int64 device tensor; `prepare` comes first.
+
+        Nothing but device operations of fixed shape, so a CUDA graph can hold it.
+        """
+        ahead = torch.arange(count, device=position.device)
+        index = self._order[(position + ahead) % len(self._order)]
+        labels = self.dataset.labels
+        x = self.dataset.x.index_select(0, index)
+        return x, None if labels is None else labels.index_select(0, index)
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The rows at positions ``position .. position + count - 1``, across epochs."""
+        self.prepare(position, count)
+        return self.gather(torch.full((), position, device=self._order.device), count)
+
+    def draw(self, step: int, batch_size: int) -> Batch:
+        return self.batch(step * batch_size, batch_size)
+
+    def describe(self) -> dict[str, object]:
+        labels = self.dataset.labels
+        return {
+            "samples": len(self),
+            "shape": list(self.dataset.shape),
+            "dtype": str(self.dataset.x.dtype).removeprefix("torch."),
+            "num_classes": self.dataset.num_classes,
+            "contents": digest({"x": self.dataset.x, **({} if labels is None else {"y": labels})}),
+        }
+
+
+class Upload:
+    """Copies host tensors to a device, on a GPU beside what is being computed there.
+
+    The host runs ahead of a GPU, so the copy for a step overlaps with the step before it.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, host: Tensor) -> Tensor:
+        if self._device.type != "cuda" or host.device.type != "cpu":
+            return host.to(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            copy = host.pin_memory().to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        copy.record_stream(current)  # its memory is not given to another copy too early
+        return copy
+
+
+_ARRAYS = (Tensor, np.ndarray)
+_END = object()
+
+
+class IterableData:
+    """Batches read from an iterable in its own order, from the start again whenever it ends.
+
+    A step ahead of the last one is reached by reading on, so a resumed run sees the same batches
+    if the iterable is deterministic. The short last batch of an epoch is dropped.
+
+    Args:
+        iterable: yields x or (x, cond), tensors or arrays; for example a DataLoader.
+        device: where the batches are moved, see `Upload`.
+    """
+
+    def __init__(self, iterable: Iterable[object], device: torch.device | str) -> None:
+        self._iterable = iterable
+        self._iterator: Iterator[object] | None = None
+        self._upload = Upload(device)
+        self._step = 0
+        self._layout: tuple[object, ...] | None = None
+
+    def draw(self, step: int, batch_size: int) -> Batch:
+        """The next batch, or a later one if `step` is ahead.
+
+        Raises:
+            ValueError: the step lies behind, or the iterable yields nothing, or a batch unlike
+                the first or not of `batch_size`, or is an iterator that ended.
+        """
+        if step < self._step:
+            raise ValueError(
+                f"step {step} lies behind: the next one of this iterable is {self._step}"
+            )
+        while True:
+            x, cond = self._next(batch_size)
+            self._step += 1
+            if self._step > step:
+                break
+        return self._upload(x), None if cond is None else self._upload(cond)
+
+    def describe(self) -> dict[str, object]:
+        return {"iterable": type(self._iterable).__name__}
+
+    def _next(self, batch_size: int) -> Batch:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._iterable)
+            item = next(self._iterator, _END)
+            if item is not _END:
+                x, cond = self._unpacked(item)
+                if len(x) == batch_size:
+                    return x, cond
+                if len(x) > batch_size or next(self._iterator, _END) is not _END:
+                    raise ValueError(f"batches must have {batch_size} samples, got {len(x)}")
+            if self._iterator is self._iterable:
+                raise ValueError(
+                    f"the iterator ended after {self._step} batches and cannot start again: "
+                    f"pass an iterable such as a list or a DataLoader"
+                )
+            self._iterator = None
+        raise ValueError(f"the iterable yields no batch of {batch_size} samples")
+
+    def _unpacked(self, item: object) -> Batch:
+        parts = item if isinstance(item, tuple | list) else (item,)
+        try:
+            tensors = [None if part is None else torch.as_tensor(part) for part in parts]
+        except (TypeError, ValueError, RuntimeError):
+            tensors = []
+        if not 1 <= len(tensors) <= 2 or tensors[0] is None or tensors[0].ndim < 2:
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise ValueError(f"a batch must be x [B, ...] or (x, cond), got {kinds}")
+        x, cond = as_samples(tensors[0]), None if len(tensors) == 1 else tensors[1]
+        cond = None if cond is None else as_condition(cond)
+        if cond is not None and cond.shape[:1] != x.shape[:1]:
+            raise ValueError(f"cond must have {len(x)} rows like x, got {list(cond.shape)}")
+        layout = (list(x.shape[1:]), x.dtype, cond is None)
+        if self._layout is None:
+            self._layout = layout
+        if layout != self._layout:
+            raise ValueError(
+                f"every batch must look like the first (sample shape, dtype, no cond): "
+                f"{self._layout}, got {layout}"
+            )
+        return x, cond
+
+
+def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
+    """The source of batches for whatever holds the data.
+
+    Args:
+        data: a `Source`, `Dataset`, tensor or array ``[N, ...]``, tuple (x, labels) of these, name
+            or path (see `load`), or an iterable of batches such as a DataLoader.
+        seed: of the permutations; an iterable has its own order.
+        device: where the batches are wanted.
+
+    Raises:
+        TypeError: data is none of these.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | os.PathLike):
+        data = load(data)
+    elif isinstance(data, _ARRAYS):
+        data = Dataset(torch.as_tensor(data))
+    elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, _ARRAYS) for d in data):
+        data = Dataset(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
+    if isinstance(data, Dataset):
+        return DeviceData(data, seed, device)
+    if isinstance(data, Iterable):
+        return IterableData(data, device)
+    raise TypeError(
+        f"data must be a Source, Dataset, tensor, (x, labels), path or iterable of batches, "
+        f"got {type(data).__name__}"
+    )

@@ -1,0 +1,285 @@
+"""The operators with validation: the only door to the arithmetic around the network.
+
+Shapes: x, F, v ``[B, ...]`` of any rank >= 2 and dtype float; per-sample coefficients ``[B]``,
+computed in float64 and applied in float32 (float64 where the tensors are float64). ``x`` may be
+given in closed form, `Noised`, so that a low-precision copy of it never enters the arithmetic.
+Wrong input raises ValueError or TypeError, naming the argument, before any device work.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from fastcm.losses import Metric, PseudoHuber, SampleMetric
+from fastcm.ops import dispatch, reference, validation
+from fastcm.ops import gradients as gradients
+from fastcm.ops import registered as operators
+from fastcm.ops.dispatch import flat, same_noise
+from fastcm.ops.normals import noise as noise
+from fastcm.ops.normals import noised
+from fastcm.ops.normals import noising as noising
+from fastcm.ops.reference import Denoised as Denoised
+from fastcm.ops.reference import Noised as Noised
+from fastcm.rng import NoiseKey
+
+_fastcm = torch.ops.fastcm
+
+
+def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The denoiser a x + b F, differentiable in x and F.
+
+    Args:
+        x: ``[B, ...]`` or `Noised`.
+        F: network output, the shape of x.
+        a, b: ``[B]``, from `Parameterization.coefficients`.
+
+    Returns:
+        f ``[B, ...]``, float32 (float64 if x or F is).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
+    """
+    validation.check_map("x", x, F, a, b)
+    if dispatch.is_plain(F):
+        return reference.boundary(x, F, a, b)
+    out: Tensor = _fastcm.boundary(*flat(x), F, a, b)
+    return out
+
+
+@overload
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    scale: Tensor | None = None,
+    input_scale: None = None,
+    input_dtype: None = None,
+) -> Tensor: ...
+@overload
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]: ...
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """An Euler step towards the data, scale x - dt (v_uncond + guidance (v - v_uncond)).
+
+    Args:
+        x: x_t ``[B, ...]`` or `Noised`.
+        v: velocity, or a raw network output F with velocity c x + d F: then dt times d is `dt`
+            and 1 - dt c is `scale`.
+        dt: ``[B]``, t - s > 0.
+        v_uncond, guidance: unconditional velocity and guidance weight ``[B]``; both or none.
+        scale: ``[B]``; default 1.
+        input_scale, input_dtype: ask for the network's input at s too, input_scale x_s (``[B]``,
+            default 1) in input_dtype, written in the same pass.
+
+    Returns:
+        x_s ``[B, ...]``, float32 (float64 if an input is), or the pair (x_s, network input).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong rank, shape, dtype or device; one of
+            v_uncond and guidance without the other.
+
+    Source: seed eq. 8; classifier-free guidance, Ho & Salimans 2022.
+    """
+    like = validation.check_state("x", x)
+    validation.check_like("v", v, like, "x")
+    validation.check_coefficient("dt", dt, like)
+    if (v_uncond is None) != (guidance is None):
+        raise ValueError("v_uncond and guidance go together: give both or none")
+    if v_uncond is not None:
+        validation.check_like("v_uncond", v_uncond, like, "x")
+        validation.check_coefficient("guidance", guidance, like)
+    if scale is not None:
+        validation.check_coefficient("scale", scale, like)
+    if input_scale is not None:
+        validation.check_coefficient("input_scale", input_scale, like)
+        if input_dtype is None:
+            raise ValueError("input_scale needs input_dtype, the dtype of the scaled result")
+    if input_dtype is None and dispatch.is_plain(v):
+        return reference.euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale)
+    x_s, scaled = _fastcm.euler_step(
+        *flat(x), v, dt, v_uncond, guidance, scale, input_scale, input_dtype
+    )
+    return x_s if input_dtype is None else (x_s, scaled)
+
+
+def sampler_update(
+    x: Tensor,
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int = 0,
+) -> Tensor:
+    """One multi-step sampler update alpha (a x + b F) + sigma z with fresh noise.
+
+    Args:
+        x, F: ``[B, ...]``.
+        a, b: ``[B]``, denoiser coefficients at the present time.
+        alpha, sigma: ``[B]``, the path at the next time.
+        key, stream, first_sample: see `noise`.
+
+    Returns:
+        x at the next time, float32 (float64 if x or F is).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
+
+    Source: seed eq. 11; Song et al. 2023, algorithm 1.
+    """
+    x = validation.check_samples("x", x)
+    validation.check_map("x", x, F, a, b)
+    validation.check_coefficient("alpha", alpha, x)
+    validation.check_coefficient("sigma", sigma, x)
+    validation.check_noise(key, stream, first_sample, x.device)
+    if dispatch.is_plain(x, F):
+        return reference.sampler_update(
+            x,
+            F,
+            a,
+            b,
+            alpha,
+            sigma,
+            key,
+            stream=stream,
+            first_sample=first_sample,
+            uniforms=dispatch.uniforms,
+        )
+    out: Tensor = _fastcm.sampler_update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
+    return out
+
+
+def consistency_loss(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    *,
+    metric: Metric = PseudoHuber(),
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted distance of the denoiser a x_t + b F from a target; gradient to F only.
+
+    Args:
+        F: student output ``[B, ...]``.
+        x_t: ``[B, ...]`` or `Noised`.
+        a, b: ``[B]``.
+        target: ``[B, ...]``, or in closed form: `Noised` data, or the `Denoised` target network.
+        metric: a metric of `fastcm.losses`, or any callable (f, target) -> ``[B]``.
+        weight: ``[B]``; default 1.
+
+    Returns:
+        (mean, per_sample): scalar and ``[B]``.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong rank, shape, dtype or device; a metric
+            that does not return ``[B]``.
+    """
+    validation.check_map("x_t", x_t, F, a, b)
+    if isinstance(target, Denoised):
+        validation.check_state("target.x", target.x, like=F)
+        validation.check_like("target.F", target.F, F, "F")
+        validation.check_coefficient("target.a", target.a, F)
+        validation.check_coefficient("target.b", target.b, F)
+    else:
+        validation.check_state("target", target, like=F)
+    if weight is not None:
+        validation.check_coefficient("weight", weight, F)
+    if not callable(metric):
+        raise TypeError(
+            f"metric must be callable (f, target) -> [B], got {validation.describe(metric)}"
+        )
+    if not dispatch.on_kernel(F):
+        # without a kernel, autograd's own backward is cheaper than a gradient stored on the way
+        _, losses = reference.consistency_loss(F, x_t, a, b, target, metric=metric, weight=weight)
+    elif isinstance(metric, operators.METRICS):
+        losses = _loss(F, x_t, a, b, target, metric, weight)
+    else:
+        losses = metric(boundary(_detach(x_t), F, a.detach(), b.detach()), _value(target))
+        if weight is not None:
+            losses = losses * weight.detach().to(losses.dtype)
+    if losses.shape != F.shape[:1]:
+        raise ValueError(
+            f"metric must return one value per sample, [{F.shape[0]}], got {list(losses.shape)}"
+        )
+    return losses.mean(), losses
+
+
+def _loss(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    metric: SampleMetric,
+    weight: Tensor | None,
+) -> Tensor:
+    source: Tensor | Noised
+    target_map: tuple[Tensor | None, ...] = (None, None, None)
+    if isinstance(target, Denoised):
+        source = target.x
+        target_map = target.F.detach(), target.a, target.b
+    else:
+        source = target
+    shared = isinstance(x_t, Noised) and isinstance(source, Noised) and same_noise(x_t, source)
+    y, *noise_of_y = flat(source)
+    c = metric.scale(math.prod(F.shape[1:])) if isinstance(metric, PseudoHuber) else 1.0
+    losses, _ = _fastcm.consistency_loss(
+        F,
+        *flat(x_t),
+        a,
+        b,
+        None if shared else y,
+        *noise_of_y,
+        *target_map,
+        weight,
+        operators.METRICS.index(type(metric)),
+        c,
+    )
+    out: Tensor = losses
+    return out
+
+
+def _detach(x: Tensor | Noised) -> Tensor | Noised:
+    return x if isinstance(x, Noised) else x.detach()
+
+
+@torch.no_grad()
+def _value(target: Tensor | Noised | Denoised) -> Tensor:
+    if isinstance(target, Denoised):
+        return boundary(target.x, target.F, target.a, target.b)
+    if isinstance(target, Noised):
+        dtype = reference.compute_dtype(target.x0)
+        x0, alpha, sigma = target.x0, target.alpha, target.sigma
+        return noised(x0, alpha, sigma, target.key, target.stream, target.first_sample, dtype)
+    return target.detach()

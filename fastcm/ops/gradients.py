@@ -1,0 +1,114 @@
+"""Gradients of the operators, and the refusal to vmap them."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastcm.ops import registered as operators
+from fastcm.ops.reference import lift
+
+
+def _scale(g: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    out: Tensor = torch.ops.fastcm.scale(g, c, dtype)
+    return out
+
+
+def _noising_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x0, alpha, *_ = inputs
+    ctx.save_for_backward(alpha)
+    ctx.dtype = x0.dtype
+
+
+def _noising_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    (alpha,) = ctx.saved_tensors
+    return _scale(g, alpha, ctx.dtype), *[None] * 6
+
+
+def _noising_pair_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...]:
+    (alpha,) = ctx.saved_tensors
+    return _scale(g, alpha[0], ctx.dtype) + _scale(g2, alpha[1], ctx.dtype), *[None] * 6
+
+
+def _boundary_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, F, a, b = inputs[0], *inputs[6:]
+    ctx.save_for_backward(a, b)
+    ctx.dtypes = x.dtype, F.dtype
+    ctx.closed = inputs[1] is not None
+
+
+def _boundary_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0] and not ctx.closed
+    grad_x = _scale(g, a, ctx.dtypes[0]) if wanted else None
+    grad_F = _scale(g, b, ctx.dtypes[1]) if ctx.needs_input_grad[6] else None
+    return grad_x, *[None] * 5, grad_F, None, None
+
+
+def _euler_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, v, dt, v_uncond, guidance, scale, input_scale, input_dtype = inputs[0], *inputs[6:]
+    ctx.save_for_backward(dt, guidance, scale, input_scale)
+    ctx.dtypes = x.dtype, v.dtype
+    ctx.closed, ctx.paired, ctx.guided = inputs[1] is not None, input_dtype, v_uncond is not None
+
+
+def _euler_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...]:
+    dt, guidance, scale, input_scale = ctx.saved_tensors
+    if ctx.paired is not None:
+        g = g + (g2 if input_scale is None else lift(input_scale, g) * g2)
+    grad_x = None
+    if ctx.needs_input_grad[0] and not ctx.closed:
+        grad_x = _scale(g, torch.ones_like(dt) if scale is None else scale, ctx.dtypes[0])
+    cond = -dt if guidance is None else -dt * guidance
+    grad_v = _scale(g, cond, ctx.dtypes[1])
+    grad_uncond = _scale(g, -dt - cond, ctx.dtypes[1]) if ctx.guided else None
+    return grad_x, *[None] * 5, grad_v, None, grad_uncond, *[None] * 4
+
+
+def _sampler_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, F, a, b, alpha, *_ = inputs
+    ctx.save_for_backward(a, b, alpha)
+    ctx.dtypes = x.dtype, F.dtype
+
+
+def _sampler_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, alpha = ctx.saved_tensors
+    grads = (_scale(g, alpha * c, dtype) for c, dtype in zip((a, b), ctx.dtypes))
+    return *grads, *[None] * 7
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.count = len(inputs)
+
+
+def _loss_backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (unit,) = ctx.saved_tensors
+    return _scale(unit, g, unit.dtype), *[None] * (ctx.count - 1)
+
+
+def _refuse(name: str) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{name} cannot be mapped by vmap: its coefficients are per sample and its noise "
+            "depends on the index of the sample; make the mapped dimension part of the batch"
+        )
+
+    return vmap
+
+
+for _op, _setup, _backward in (
+    (operators.noising_op, _noising_setup, _noising_backward),
+    (operators.noising_pair_op, _noising_setup, _noising_pair_backward),
+    (operators.boundary_op, _boundary_setup, _boundary_backward),
+    (operators.euler_step_op, _euler_setup, _euler_backward),
+    (operators.sampler_update_op, _sampler_setup, _sampler_backward),
+    (operators.consistency_loss_op, _loss_setup, _loss_backward),
+    (operators.scale_op, None, None),
+):
+    _registered: Any = _op
+    if _backward is not None:
+        _registered.register_autograd(_backward, setup_context=_setup)
+    _registered.register_vmap(_refuse(_registered._qualname.replace("::", ".")))

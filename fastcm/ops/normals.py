@@ -1,0 +1,129 @@
+"""The operators that make noise, with validation; public as `fastcm.ops.noise` and `noising`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcm import rng
+from fastcm.ops import dispatch, reference, validation
+from fastcm.rng import NoiseKey
+
+
+def noise(
+    shape: Sequence[int],
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normals that depend only on (seed, step, stream, sample index, element).
+
+    Args:
+        shape: ``[B, ...]``, rank >= 2.
+        key: seed, step and first sample.
+        stream: 0 <= stream < 256, a constant of `fastcm.rng`.
+        first_sample: added to the key's; the index of row 0 in the global batch.
+        dtype: a float dtype; float64 evaluates the same noise to float64 accuracy.
+        device: default the key's.
+
+    Returns:
+        A tensor of `shape` and `dtype`.
+
+    Raises:
+        ValueError, TypeError: rank < 2, wrong dtype, stream or first_sample out of range.
+
+    Source: Philox4x32-10, Salmon et al. 2011; Box-Muller.
+    """
+    if len(shape) < 2 or any(size < 0 for size in shape):
+        raise ValueError(f"shape must be [B, ...] of rank >= 2, got {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a float dtype, got {dtype}")
+    if device is not None:
+        key = key.to(device)
+    validation.check_noise(key, stream, first_sample, key.device)
+    if dispatch.on_kernel(key.tensor) and dtype != torch.float64:
+        nothing = torch.zeros(tuple(shape), dtype=torch.uint8, device=key.device)
+        zero = torch.zeros(shape[0], device=key.device)
+        return noised(nothing, zero, zero + 1.0, key, stream, first_sample, dtype)
+    return reference.noise(
+        shape,
+        key,
+        stream=stream,
+        first_sample=first_sample,
+        dtype=dtype,
+        uniforms=dispatch.uniforms,
+    )
+
+
+def noised(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    stream: int,
+    first_sample: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """alpha x0 + sigma z, unchecked."""
+    op = torch.ops.fastcm.noising
+    out: Tensor = op(x0, alpha, sigma, key.tensor, stream, first_sample, dtype)
+    return out
+
+
+def noising(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    *,
+    stream: int = rng.NOISE,
+    first_sample: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Noisy data alpha x0 + sigma z, once or twice with the same z.
+
+    Args:
+        x0: data ``[B, ...]``; uint8 stands for x / 127.5 - 1.
+        alpha, sigma: ``[B]`` for one result, ``[2, B]`` for two.
+        key, stream, first_sample: see `noise`.
+        out_dtype: float dtype of the result; default that of `x0`, float32 for uint8.
+
+    Returns:
+        x_t ``[B, ...]``, or the pair (x_t, x_s).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
+    """
+    x0 = validation.check_samples("x0", x0, allow_uint8=True)
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor [B] or [2, B], got {validation.describe(value)}"
+            )
+        if (value.dim() == 2 and value.shape[0] != 2) or value.dim() not in (1, 2):
+            raise ValueError(
+                f"{name} must have shape [{x0.shape[0]}] or [2, {x0.shape[0]}], "
+                f"got {validation.describe(value)}"
+            )
+        validation.check_coefficient(name, value if value.dim() == 1 else value[0], x0)
+    if alpha.shape != sigma.shape:
+        raise ValueError(
+            f"alpha and sigma must have the same shape, got {list(alpha.shape)} "
+            f"and {list(sigma.shape)}"
+        )
+    validation.check_noise(key, stream, first_sample, x0.device)
+    if out_dtype is None:
+        out_dtype = x0.dtype if x0.is_floating_point() else torch.float32
+    if not out_dtype.is_floating_point:
+        raise TypeError(f"out_dtype must be a float dtype, got {out_dtype}")
+    if alpha.dim() == 1:
+        return noised(x0, alpha, sigma, key, stream, first_sample, out_dtype)
+    first, second = torch.ops.fastcm.noising_pair(
+        x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype
+    )
+    return first, second

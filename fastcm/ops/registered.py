@@ -1,0 +1,332 @@
+"""The registered operators ``torch.ops.fastcm.*``: on a GPU the kernel, elsewhere the reference.
+
+Arguments are flat tensors and numbers, valid (`fastcm.ops` is the door that checks them), and
+coefficients float32 or float64 ``[B]``. Fake tensors follow the same branches as real ones, so
+shapes and dtypes under torch.compile are those of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from fastcm import losses
+from fastcm.ops import reference
+from fastcm.ops.dispatch import (
+    HAS_KERNELS,
+    closed,
+    coefficient,
+    f32,
+    layout,
+    on_kernel,
+    state,
+    uniforms,
+)
+from fastcm.ops.reference import Denoised, lift
+from fastcm.rng import NoiseKey
+
+if HAS_KERNELS:
+    from fastcm.kernels import affine, noising
+    from fastcm.kernels import consistency_loss as loss_kernels
+
+METRICS: tuple[type[losses.SampleMetric], ...] = (
+    losses.SquaredL2,
+    losses.L2,
+    losses.L1,
+    losses.PseudoHuber,
+)
+"""Metrics with a kernel, at the index by which it knows them."""
+
+
+@triton_op("fastcm::noising", mutates_args={})
+def noising_op(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    stream: int,
+    first_sample: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """alpha x0 + sigma z."""
+    if not on_kernel(x0) or out_dtype == torch.float64:
+        (out,) = reference.noising(
+            x0,
+            alpha[None],
+            sigma[None],
+            NoiseKey.wrap(key),
+            stream=stream,
+            first_sample=first_sample,
+            out_dtype=out_dtype,
+            uniforms=uniforms,
+        )
+        return out
+    x0 = x0.contiguous()
+    out = torch.empty_like(x0, dtype=out_dtype)
+    noising.launch_noising(
+        x0,
+        torch.stack([alpha, sigma])[None].to(torch.float32),
+        key,
+        out,
+        stream=stream,
+        first_sample=first_sample,
+        kernel=wrap_triton(noising.noising_kernel),
+    )
+    return out
+
+
+@triton_op("fastcm::noising_pair", mutates_args={})
+def noising_pair_op(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    stream: int,
+    first_sample: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Two versions with one z; alpha, sigma ``[2, B]``."""
+    if not on_kernel(x0) or out_dtype == torch.float64:
+        first, second = reference.noising(
+            x0,
+            alpha,
+            sigma,
+            NoiseKey.wrap(key),
+            stream=stream,
+            first_sample=first_sample,
+            out_dtype=out_dtype,
+            uniforms=uniforms,
+        )
+        return first, second
+    x0 = x0.contiguous()
+    first, second = (torch.empty_like(x0, dtype=out_dtype) for _ in range(2))
+    noising.launch_noising(
+        x0,
+        torch.stack([alpha, sigma], dim=1).to(torch.float32),
+        key,
+        first,
+        second,
+        stream=stream,
+        first_sample=first_sample,
+        kernel=wrap_triton(noising.noising_kernel),
+    )
+    return first, second
+
+
+@triton_op("fastcm::boundary", mutates_args={})
+def boundary_op(
+    x: Tensor,
+    x_alpha: Tensor | None,
+    x_sigma: Tensor | None,
+    x_key: Tensor | None,
+    x_stream: int,
+    x_first_sample: int,
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """a x + b F."""
+    if not on_kernel(x, F):
+        x_t = closed(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
+        return reference.boundary(x_t, F, a, b)
+    kernel = wrap_triton(affine.boundary_kernel)
+    if x_alpha is not None:
+        F = F.contiguous()
+        out = torch.empty_like(F, dtype=torch.float32)
+        x_state = state(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
+        affine.launch_boundary(x_state, F, f32(a), f32(b), out, kernel=kernel)
+        return out
+    (x_, F_), back = layout(x, F)
+    assert x_ is not None and F_ is not None
+    out = torch.empty_like(F_, dtype=torch.float32)
+    affine.launch_boundary(x_, F_, f32(a), f32(b), out, kernel=kernel)
+    return out.permute(back)
+
+
+@triton_op("fastcm::scale", mutates_args={})
+def scale_op(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """c g: the backward of the affine maps."""
+    if not on_kernel(g) or out_dtype == torch.float64:
+        return (lift(c, g) * g).to(out_dtype)
+    (g_,), back = layout(g)
+    assert g_ is not None
+    out = torch.empty_like(g_, dtype=out_dtype)
+    affine.launch_scale(g_, f32(c), out, kernel=wrap_triton(affine.scale_kernel))
+    return out.permute(back)
+
+
+@triton_op("fastcm::euler_step", mutates_args={})
+def euler_step_op(
+    x: Tensor,
+    x_alpha: Tensor | None,
+    x_sigma: Tensor | None,
+    x_key: Tensor | None,
+    x_stream: int,
+    x_first_sample: int,
+    v: Tensor,
+    dt: Tensor,
+    v_uncond: Tensor | None,
+    guidance: Tensor | None,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """x_s = scale x - dt (v_u + guidance (v - v_u)), and input_scale x_s in input_dtype.
+
+    Without input_dtype the second result is empty.
+    """
+    if not on_kernel(x, v):
+        out = reference.euler_step(
+            closed(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample),
+            v,
+            dt,
+            v_uncond=v_uncond,
+            guidance=guidance,
+            scale=scale,
+        )
+        if input_dtype is None:
+            return out, out.new_empty(0)
+        scaled = out if input_scale is None else lift(input_scale, out) * out
+        return out, scaled.to(input_dtype, copy=True)
+    x_state = state(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
+    v = v.contiguous()
+    out = torch.empty_like(v, dtype=torch.float32)
+    second = out.new_empty(0) if input_dtype is None else torch.empty_like(v, dtype=input_dtype)
+    ones = torch.ones_like(dt, dtype=torch.float32) if input_scale is None else input_scale
+    affine.launch_euler(
+        x_state,
+        v,
+        f32(dt),
+        out,
+        v_uncond=None if v_uncond is None else v_uncond.contiguous(),
+        guidance=coefficient(guidance),
+        scale=coefficient(scale),
+        scaled_out=None if input_dtype is None else second,
+        out_scale=None if input_dtype is None else f32(ones),
+        kernel=wrap_triton(affine.euler_kernel),
+    )
+    return out, second
+
+
+@triton_op("fastcm::sampler_update", mutates_args={})
+def sampler_update_op(
+    x: Tensor,
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    stream: int,
+    first_sample: int,
+) -> Tensor:
+    """alpha (a x + b F) + sigma z."""
+    if not on_kernel(x, F):
+        return reference.sampler_update(
+            x,
+            F,
+            a,
+            b,
+            alpha,
+            sigma,
+            NoiseKey.wrap(key),
+            stream=stream,
+            first_sample=first_sample,
+            uniforms=uniforms,
+        )
+    x, F = x.contiguous(), F.contiguous()
+    out = torch.empty_like(x, dtype=torch.float32)
+    affine.launch_sampler_update(
+        x,
+        F,
+        f32(a),
+        f32(b),
+        f32(alpha),
+        f32(sigma),
+        key,
+        out,
+        stream=stream,
+        first_sample=first_sample,
+        kernel=wrap_triton(affine.sampler_update_kernel),
+    )
+    return out
+
+
+@triton_op("fastcm::consistency_loss", mutates_args={})
+def consistency_loss_op(
+    F: Tensor,
+    x: Tensor,
+    x_alpha: Tensor | None,
+    x_sigma: Tensor | None,
+    x_key: Tensor | None,
+    x_stream: int,
+    x_first_sample: int,
+    a: Tensor,
+    b: Tensor,
+    y: Tensor | None,
+    y_alpha: Tensor | None,
+    y_sigma: Tensor | None,
+    y_key: Tensor | None,
+    y_stream: int,
+    y_first_sample: int,
+    target_F: Tensor | None,
+    target_a: Tensor | None,
+    target_b: Tensor | None,
+    weight: Tensor | None,
+    metric: int,
+    c: float,
+) -> tuple[Tensor, Tensor]:
+    """``[B]`` losses and their unit gradients d losses / d F; y None: another version of x's x0."""
+    if y is None:
+        y, y_key, y_stream, y_first_sample = x, x_key, x_stream, x_first_sample
+        shared = True
+    else:
+        shared = False
+    if not on_kernel(F, x, y, target_F):
+        target: Any = closed(y, y_alpha, y_sigma, y_key, y_stream, y_first_sample)
+        if target_F is not None and target_a is not None and target_b is not None:
+            target = Denoised(target, target_F, target_a, target_b)
+        x_t = closed(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
+        kind = METRICS[metric]
+        return reference.consistency_loss_and_gradient(
+            F,
+            x_t,
+            a,
+            b,
+            target,
+            metric=losses.PseudoHuber(c) if kind is losses.PseudoHuber else kind(),
+            weight=weight,
+        )
+    F = F.contiguous()
+    x_state = state(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
+    y_state = state(x_state.x if shared else y, y_alpha, y_sigma, y_key, y_stream, y_first_sample)
+    B, D = F.shape[0], math.prod(F.shape[1:])
+    values = torch.empty(B, dtype=torch.float32, device=F.device)
+    gradient = torch.empty_like(F)
+    scratch = None
+    if size := loss_kernels.loss_scratch_size(B, D):
+        scratch = torch.empty(size, dtype=torch.float32, device=F.device)
+    loss_kernels.launch_consistency_loss(
+        F,
+        x_state,
+        f32(a),
+        f32(b),
+        y_state,
+        None if target_F is None else target_F.contiguous(),
+        coefficient(target_a),
+        coefficient(target_b),
+        coefficient(weight),
+        values,
+        gradient,
+        metric=metric,
+        c=c,
+        scratch=scratch,
+        kernel=wrap_triton(loss_kernels.loss_kernel),
+        partial_kernel=wrap_triton(loss_kernels.loss_partial_kernel),
+        finish_kernel=wrap_triton(loss_kernels.loss_finish_kernel),
+    )
+    return values, gradient

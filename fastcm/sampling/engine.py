@@ -1,0 +1,190 @@
+"""One batch of a `Sampler`: noise, network and solver, launched or as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastcm import graphs, ops, rng
+from fastcm.objectives.base import Network
+from fastcm.parameterization import Parameterization
+from fastcm.precision import Precision, autocast
+from fastcm.rng import NoiseKey
+from fastcm.sampling import solvers
+from fastcm.sampling.functions import SolverName, multistep, ode
+
+Graph = Literal["auto", "on", "off"]
+
+WHOLE = 8
+"""Evaluations up to which the loop is one graph; of longer ones each evaluation is replayed."""
+
+
+class Loop:
+    """Computes batches of samples. See `Sampler` for the arguments."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        p: Parameterization,
+        times: Sequence[float],
+        *,
+        method: Literal["multistep", "ode"],
+        solver: SolverName,
+        null_condition: Tensor | int | None,
+        device: torch.device,
+        precision: Precision,
+        compile: bool,
+        graph: Graph,
+        log: Callable[[str], None],
+    ) -> None:
+        self._net, self._p, self._times = net, p, times
+        self._levels = solvers.levels(p, times)
+        self._method, self._solver = method, solver
+        self._null = (
+            null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
+        )
+        self._device = device
+        self.eager: Network = autocast(net, device.type) if precision == "bf16" else net
+        self._network: Network = torch.compile(self.eager) if compile else self.eager
+        self._cache: graphs.GraphCache | None = None
+        possible = graphs.available(device)
+        if graph == "on" and not possible:
+            raise ValueError(f"graph='on' needs a GPU, the sampler is on {device}")
+        if graph != "off" and possible:
+            self._cache = graphs.GraphCache(
+                device, moved=lambda: Addresses(net), must=graph == "on", log=log
+            )
+        self.has_few_shapes = compile or self._cache is not None
+        evaluations = 2 * len(times) - 1 if (method, solver) == ("ode", "heun") else len(times)
+        self._is_whole = evaluations <= WHOLE
+        decide = graphs.CALLS_TO_DECIDE if self._cache is not None else 1
+        self.calls_to_prepare = decide if self._is_whole else -(-decide // evaluations)
+
+    def __call__(
+        self,
+        out: Tensor,
+        shape: tuple[int, ...],
+        key: Tensor,
+        cond: Tensor | None,
+        weights: tuple[float, ...] | None,
+    ) -> None:
+        """Compute samples of `shape`, the first of which go to `out`; under no_grad.
+
+        Args:
+            out: ``[at most B, ...]``.
+            shape: ``[B, ...]``.
+            key: (seed, 0, first sample), on the host.
+            cond: B rows, or None.
+            weights: of the guidance, one per time, or None.
+        """
+        with graphs.device_lock(self._device):
+            if self._cache is None:
+                at = key.to(self._device)
+                out.copy_(self._run(self._network, shape, weights, at, cond)[: len(out)])
+                return
+            with self._cache.side():
+                if self._is_whole:
+                    work = partial(self._run, self._network, shape, weights)
+                    x = self._cache((shape, weights), work, key, cond)
+                else:
+                    at = key.to(self._device)
+                    x = self._run(self._replayed, shape, weights, at, cond)
+                out.copy_(x[: len(out)])
+
+    def _replayed(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        assert self._cache is not None
+        return self._cache("network", self._network, x, t, cond)
+
+    def _run(
+        self,
+        net: Network,
+        shape: tuple[int, ...],
+        weights: tuple[float, ...] | None,
+        key_tensor: Tensor,
+        cond: Tensor | None,
+    ) -> Tensor:
+        key = NoiseKey.wrap(key_tensor)
+        with eval_mode(self._net):
+            z = ops.noise(shape, key, stream=rng.SAMPLE)
+            return self.solve(net, z, key, cond, weights)
+
+    def solve(
+        self,
+        net: Network,
+        z: Tensor,
+        key: NoiseKey,
+        cond: Tensor | None,
+        weights: Sequence[float] | None,
+    ) -> Tensor:
+        """Samples from noise z, by `net` in place of the network."""
+        settings: dict[str, Any] = {
+            "times": self._times,
+            "cond": cond,
+            "guidance": weights,
+            "null_condition": self._null,
+            "levels": self._levels,
+        }
+        if self._method == "ode":
+            return ode(net, self._p, z, solver=self._solver, **settings)
+        return multistep(net, self._p, z, key, **settings)
+
+
+class Addresses:
+    """Called, says whether parameters or buffers lie elsewhere than at the last call."""
+
+    def __init__(self, net: nn.Module) -> None:
+        # the dictionaries, not what is in them: a parameter may be replaced
+        self._held = [d for m in net.modules() for d in (m._parameters, m._buffers) if d]
+        self._last: list[int] = []
+
+    def __call__(self) -> bool:
+        now = [q.data_ptr() for held in self._held for q in held.values() if q is not None]
+        moved, self._last = now != self._last, now
+        return moved
+
+
+def batches(n: int, largest: int, *, few_shapes: bool) -> Iterator[tuple[int, int, int]]:
+    """Cut n samples into batches: (first, end, size), where size >= end - first is computed.
+
+    Args:
+        largest: size of all but the last ones.
+        few_shapes: sizes are `largest` or powers of two. Up to 32 the rest is padded to the next
+            one; above, where more than a quarter would be padding, it is cut in two.
+    """
+    at = 0
+    while at < n:
+        count = size = min(n - at, largest)
+        if few_shapes and count < largest:
+            size = min(1 << (count - 1).bit_length(), largest)
+            if size > 32 and size > 1.25 * count:
+                count = size = 1 << (count.bit_length() - 1)
+        yield at, at + count, size
+        at += count
+
+
+def padded(rows: Tensor, size: int) -> Tensor:
+    """`rows` with the last one repeated up to `size` of them."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """The network in eval mode; afterwards every submodule is in the mode it was in."""
+    in_training, left = [], [net]
+    while left:  # as net.modules(), but for its bookkeeping
+        module = left.pop()
+        left += [child for child in module._modules.values() if child is not None]
+        if module.training:
+            module.training = False
+            in_training.append(module)
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True

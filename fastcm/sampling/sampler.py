@@ -1,0 +1,298 @@
+"""The sampler object: a network, its path and times, called with a number and a seed."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path as FilePath
+from typing import Literal, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from fastcm import networks
+from fastcm.parameterization import Parameterization
+from fastcm.paths import Path
+from fastcm.precision import Precision, check_precision
+from fastcm.progress import Progress
+from fastcm.rng import NoiseKey, check_key
+from fastcm.runs import checkpoint
+from fastcm.runs.description import parameterization_from
+from fastcm.sampling.engine import Graph, Loop, batches, padded
+from fastcm.sampling.functions import SOLVERS, SolverName, as_parameterization, check_descending
+from fastcm.sampling.guidance import Guidance, check_rows, guidance_weights
+from fastcm.schedules import Grid, UniformGrid, sampling_times
+
+
+class Sampler:
+    """Draws samples from a trained network.
+
+    On a GPU the whole loop is one CUDA graph (beyond 8 evaluations: each evaluation is one), kept
+    where it is faster than launching kernel by kernel. Weights may change in place at any time, as
+    those of an average in training do. Threads may share a sampler; they take turns.
+
+    Args:
+        net: ``net(x, t, cond) -> F``; evaluated in eval mode, without gradient.
+        path: the path, or path and prediction type.
+        steps: number of network evaluations of the multi-step sampler, or of Euler steps.
+        times: the descending evaluation times, instead of steps.
+        method: "multistep" (one step with steps=1) or "ode".
+        solver: of the ODE: "euler", "heun", "ddim" or "dpmpp_2m"; see `fastcm.sampling.ode`.
+        grid: where the times of `steps` lie.
+        shape: of one sample; needed to call the sampler with a number.
+        null_condition: what stands for "no condition" under guidance.
+        batch_size: samples that are computed at once, at most.
+        precision: "fp32", or "bf16": the network sees bfloat16, under autocast; the arithmetic
+            around it stays float32.
+        compile: run the network under torch.compile.
+        graph: "auto", "on" (even if slower; an error where there can be none) or "off".
+        device: default that of the network's parameters or buffers.
+        log: receives a line about each graph.
+
+    With graphs or compile, batches are padded to 1, 2, 4, 8, ... samples, so that few shapes occur;
+    a sample does not depend on what it is padded with.
+
+    Raises:
+        ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
+            precision or graph, graph="on" without a GPU.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        path: Path | Parameterization,
+        *,
+        steps: int | None = None,
+        times: Sequence[float] | None = None,
+        method: Literal["multistep", "ode"] = "multistep",
+        solver: SolverName = "euler",
+        grid: Grid = UniformGrid(),
+        shape: Sequence[int] | None = None,
+        null_condition: Tensor | int | None = None,
+        batch_size: int = 512,
+        precision: Precision = "fp32",
+        compile: bool = False,
+        graph: Graph = "auto",
+        device: torch.device | str | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if steps is not None and times is not None:
+            raise ValueError("give steps or times, not both")
+        for name, value, known in (
+            ("method", method, ("multistep", "ode")),
+            ("solver", solver, SOLVERS),
+            ("graph", graph, ("auto", "on", "off")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_precision(precision)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.parameterization = as_parameterization(path)
+        self.times = (
+            sampling_times(grid, 1 if steps is None else steps, self.parameterization.path)
+            if times is None
+            else [float(t) for t in times]
+        )
+        check_descending(self.parameterization.path, self.times, fresh_noise=method == "multistep")
+        if device is None:
+            held = chain(net.parameters(), net.buffers())
+            device = next((q.device for q in held), torch.device("cpu"))
+        self.device = torch.empty(0, device=device).device  # with its index
+        self.net = net.to(self.device)
+        self.method = method
+        self.solver = solver
+        self.shape = None if shape is None else tuple(shape)
+        self.null_condition = null_condition
+        self.batch_size = batch_size
+        self.loop = Loop(
+            self.net,
+            self.parameterization,
+            self.times,
+            method=method,
+            solver=solver,
+            null_condition=null_condition,
+            device=self.device,
+            precision=precision,
+            compile=compile,
+            graph=graph,
+            log=log,
+        )
+
+    @classmethod
+    def from_run(
+        cls,
+        directory: str | FilePath,
+        *,
+        ema: int = 0,
+        net: nn.Module | None = None,
+        device: torch.device | str = "cpu",
+        **options: object,
+    ) -> Sampler:
+        """The sampler of a run directory's last good checkpoint.
+
+        Args:
+            directory: written by `Trainer` or ``fastcm train``.
+            ema: which average of the weights; -1 takes the raw weights.
+            net: a network of the run's architecture, if it is not one of `fastcm.networks`.
+            device: where to sample.
+            **options: steps, times, method, ... of the constructor.
+
+        Raises:
+            FileNotFoundError, ValueError: no run there; no network description and no net given.
+        """
+        group = "model" if ema == -1 else f"average_{ema}"
+        found, damaged = checkpoint.load_newest(
+            FilePath(directory), only={group}, requires=checkpoint.RUN_STATE
+        )
+        for error in damaged:
+            warnings.warn(f"{error}; falling back to {found.path}", stacklevel=2)
+        state = found.state
+        if group not in found.groups:
+            raise ValueError(
+                f"ema must be in [-1, {state['num_averages']}) for {directory}, got {ema}"
+            )
+        if net is None:
+            if state["network"] is None:
+                raise ValueError(
+                    f"{directory} does not describe its network: give from_run(..., net=...) one "
+                    "of the same architecture"
+                )
+            net = networks.build(state["network"])
+        checkpoint.check_tensors(f"{found.path.name}", found.groups[group], net.state_dict())
+        net.load_state_dict(found.groups[group])
+        options = {"shape": state["shape"], "null_condition": state["null_condition"], **options}
+        p = parameterization_from(state["parameterization"])
+        return cls(net, p, device=device, **options)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        n: int | Sequence[int],
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        cond: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        """Draw samples.
+
+        Args:
+            n: how many, or the whole shape ``[n, ...]``.
+            seed: 0 <= seed < 2**63.
+            first_sample: index of the first; samples do not depend on how they are batched.
+            cond: n rows of conditioning, or None.
+            guidance: weight of classifier-free guidance, one per time, or a function w(t).
+
+        Returns:
+            ``[n, ...]`` float32, in the scale of the data (images: -1..1, not clamped).
+
+        Raises:
+            ValueError, TypeError: n < 0, seed or first_sample out of range, unknown sample shape,
+                cond of another length, guidance without cond or null_condition.
+        """
+        shape = self._checked(n, seed, first_sample, cond)
+        n = shape[0]
+        weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
+        out = torch.empty(shape, device=self.device)
+        for start, end, size in batches(n, self.batch_size, few_shapes=self.loop.has_few_shapes):
+            key = NoiseKey(seed, first_sample=first_sample + start)
+            rows = None if cond is None else padded(cond[start:end].to(self.device), size)
+            self.loop(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
+        return out
+
+    def stream(
+        self,
+        total: int,
+        *,
+        batch: int | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        cond: Tensor | Callable[[int, int], Tensor] | None = None,
+        guidance: Guidance | None = None,
+        progress: bool = True,
+    ) -> Iterator[Tensor]:
+        """Draw many samples, a batch at a time.
+
+        Args:
+            total: how many.
+            batch: samples in each of the tensors but the last; default `batch_size`.
+            seed, first_sample, guidance: see `__call__`.
+            cond: `total` rows, or a function of (index, count) that returns the rows of samples
+                index .. index + count - 1, counted as `first_sample` is.
+            progress: show a bar where there is a terminal.
+
+        Returns:
+            An iterator over tensors ``[batch, ...]`` float32.
+
+        Raises:
+            ValueError, TypeError: see `__call__`; batch < 1.
+        """
+        batch = self.batch_size if batch is None else batch
+        if batch < 1:
+            raise ValueError(f"batch must be >= 1, got {batch}")
+        self._checked(total, seed, first_sample, None if callable(cond) else cond)
+        if guidance is not None:
+            guidance = guidance_weights(guidance, self.times)
+
+        def draw() -> Iterator[Tensor]:
+            with Progress("sampling", total, show=progress) as bar:
+                for at in range(0, total, batch):
+                    count, index = min(batch, total - at), first_sample + at
+                    rows = cond[at : at + count] if isinstance(cond, Tensor) else None
+                    if callable(cond):
+                        rows = cond(index, count)
+                    yield self(count, seed=seed, first_sample=index, cond=rows, guidance=guidance)
+                    bar.advance(count)
+
+        return draw()
+
+    def prepare(
+        self,
+        *sizes: int,
+        cond: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> Sampler:
+        """Compile and capture for batches of these sizes now, the largest first.
+
+        The graphs of smaller batches then live in the memory of the largest one's.
+
+        Args:
+            sizes: numbers of samples.
+            cond: one row, as an example of the conditioning that will come.
+            guidance: see `__call__`.
+        """
+        for size in sorted(set(sizes), reverse=True):
+            rows = None if cond is None else cond[:1].expand(size, *cond.shape[1:])
+            for _ in range(self.loop.calls_to_prepare):
+                self(size, cond=rows, guidance=guidance)
+        return self
+
+    def _checked(
+        self, n: int | Sequence[int], seed: int, first_sample: int, cond: Tensor | None
+    ) -> tuple[int, ...]:
+        """The shape of n samples, if they can be asked for."""
+        shape = self._full_shape(n)
+        check_key(seed, first_sample=first_sample)
+        if first_sample + shape[0] > 2**32:
+            raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
+        check_rows(cond, shape[0])
+        return shape
+
+    def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(n, SupportsIndex):
+            n = operator.index(n)
+        if not isinstance(n, int):
+            if not isinstance(n, Sequence):
+                raise TypeError(f"n must be an int or a shape (n, ...), got {n!r}")
+            shape = tuple(n)
+            if len(shape) < 2 or min(shape) < 0:
+                raise ValueError(f"shape must be [n, ...] of rank >= 2, got {shape}")
+            return shape
+        if n < 0:
+            raise ValueError(f"n must be >= 0, got {n}")
+        if self.shape is None:
+            raise ValueError("give Sampler(shape=...) or call it with the whole shape (n, ...)")
+        return (n, *self.shape)

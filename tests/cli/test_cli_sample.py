@@ -1,0 +1,167 @@
+"""``fastcm sample`` into a folder: side by side, killed, stopped, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_sample_folder import CLASSES, files, network
+
+import fastcm
+from fastcm import cli
+from fastcm.cli.sample_folder import SETTINGS
+from fastcm.sampling import Sampler
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a network with classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("runs") / "flow"
+    data = fastcm.Dataset(torch.rand(32, 1, 4, 4), torch.arange(32) % CLASSES)
+    net = network((1, 4, 4))
+    options: dict[str, Any] = {"compile": False, "progress": False, "directory": path}
+    fastcm.Trainer(net, fastcm.FlowMatching(), data=data, batch_size=8, **options).fit(1)
+    return path
+
+
+def command(run: Path, out: Path, *options: object) -> list[str]:
+    form = ["sample", run, "--out", out, "--steps", 2, "--batch", 16, *options]
+    return list(map(str, form))
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastcm", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"COLUMNS": "80", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+
+
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> tuple[int, str, str]:
+    """The command in this process: its exit code, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["fastcm", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, error = capsys.readouterr()
+    return int(stop.value.code or 0), out, error
+
+
+def test_two_processes_at_once_write_what_one_does(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [
+        start(command(run, tmp_path / "both", "--first", first, "--n", n))
+        for first, n in ((0, 100), (100, 60))
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0] and not said[0][1] + said[1][1]
+    code, out, _ = here(monkeypatch, capsys, command(run, tmp_path / "one", "--n", 160))
+    assert code == 0
+    assert re.fullmatch(r".*one: 160 drawn at \d+\.\d img/s, 0 there before\n", out)
+    assert files(tmp_path / "both") == files(tmp_path / "one")
+    code, out, _ = here(monkeypatch, capsys, command(run, tmp_path / "both", "--n", 160))
+    assert (code, out) == (0, f"{tmp_path / 'both'}: 0 drawn, 160 there before\n")
+    settings = json.loads((tmp_path / "both" / SETTINGS).read_text())
+    assert settings == json.loads((tmp_path / "one" / SETTINGS).read_text())
+    assert settings["step"] == 1 and settings["ema"] == 0 and settings["batch_size"] == 16
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL of POSIX")
+def test_a_killed_command_continues_when_repeated(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    n = 2000
+    process = start(command(run, tmp_path / "killed", "--n", n))
+    try:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("killed/*.png"))) < 50:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.communicate()
+    there = len(list(tmp_path.glob("killed/*.png")))
+    assert there < n
+    code, out, _ = here(monkeypatch, capsys, command(run, tmp_path / "killed", "--n", n))
+    assert code == 0 and f" {n - there} drawn" in out and f" {there} there before" in out
+    assert here(monkeypatch, capsys, command(run, tmp_path / "straight", "--n", n))[0] == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("default_handlers")
+def test_a_command_stopped_by_sigterm_says_what_is_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = Sampler.__call__
+
+    def stopping(self: Sampler, n: int, **options: Any) -> torch.Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return draw(self, n, **options)
+
+    monkeypatch.setattr(Sampler, "__call__", stopping)
+    code, out, _ = here(monkeypatch, capsys, command(run, tmp_path / "x", "--n", 40))
+    assert code == 128 + signal.SIGTERM
+    wanted = r".*x: stopped by SIGTERM: 16 drawn at .* img/s, 0 there before, 24 left for the same "
+    assert re.fullmatch(wanted + r"command\n", out)
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "code", "said"),
+    [
+        ("x", ["--n", 0], 0, "x: --n 0, nothing to draw, nothing written"),
+        ("x", ["--n", -1], 2, "n must be >= 0, got -1"),
+        ("x", ["--first", -1], 2, "first must be >= 0"),
+        ("x.npy", ["--first", 2**32], 2, "first + n at most 2**32"),
+        ("x.png", ["--format", "png"], 2, "x.png is one file"),
+        ("x.npz", [], 2, "--out must end in .png or .npy, or name a folder"),
+        ("x", ["--format", "gif"], 2, "format must be one of png, npz, got 'gif'"),
+    ],
+)
+def test_bad_input_of_the_command_is_refused(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    options: list[object],
+    code: int,
+    said: str,
+) -> None:
+    found = here(monkeypatch, capsys, command(run, tmp_path / out, *options))
+    assert found[0] == code and said in found[1 if code == 0 else 2], found
+    assert not (tmp_path / out).exists()
+
+
+def test_a_single_file_has_the_labels_of_its_indices_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.npy"
+    here(monkeypatch, capsys, command(run, out, "--first", 4, "--n", 3))
+    sampler = Sampler.from_run(run, steps=2)
+    wanted = sampler(7, cond=torch.arange(7) % CLASSES)[4:]
+    np.testing.assert_allclose(np.load(out), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_folder_is_of_one_precision(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "samples"
+    low = here(monkeypatch, capsys, command(run, out, "--n", 4, "--precision", "bf16"))
+    assert low[0] == 0
+    code, _, error = here(monkeypatch, capsys, command(run, out, "--n", 4))
+    assert code == 2 and "precision: 'bf16' -> 'fp32'" in error

@@ -1,0 +1,156 @@
+"""Guidance: one batched call, equal to two; weights by time; networks that take the weight."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastcm import sampling
+from fastcm.networks import GaussianMixture
+from fastcm.parameterization import Parameterization
+from fastcm.paths import Linear, VarianceExploding
+from fastcm.rng import NoiseKey
+from fastcm.sampling import Sampler, guidance
+
+TIMES = [1.0, 0.7, 0.4]
+METHODS = ["multistep", *sampling.SOLVERS]
+
+
+class Labelled(nn.Module):
+    """F = 0.3 x + sin t + cond, recording the rows and labels of every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        assert cond is not None
+        self.calls.append(cond)
+        return 0.3 * x + t.sin()[:, None] + cond[:, None].to(x)
+
+
+def run(net, method: str, z: Tensor, path=Linear(), times=TIMES, **settings) -> Tensor:
+    if method == "multistep":
+        return sampling.multistep(net, path, z, NoiseKey(3), times=times, **settings)
+    return sampling.ode(net, path, z, times=times, solver=method, **settings)
+
+
+@pytest.mark.parametrize("prediction", ["cm", "v"])
+@pytest.mark.parametrize("method", METHODS)
+def test_guidance_equals_two_separate_calls(method, prediction):
+    p = Parameterization(VarianceExploding(), prediction)
+    mixture = GaussianMixture(torch.randn(3, 4), 0.4, parameterization=p)
+    z, cond = torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0])
+    rows = []
+
+    def counted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        rows.append(len(x))
+        return mixture(x, t, c)
+
+    def separately(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        F_c, F_u = mixture(x, t, c), mixture(x, t, None)
+        return F_u + 2.5 * (F_c - F_u)
+
+    times = [80.0, 5.0, 0.5]
+    settings = {"path": p, "times": times, "cond": cond}
+    got = run(counted, method, z, guidance=2.5, null_condition=3, **settings)
+    wanted = run(separately, method, z, **settings)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert rows == [12] * (5 if method == "heun" else 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_may_change_from_time_to_time(method):
+    """The second evaluation of Heun's step takes the weight of the time it is at."""
+    weights = dict(zip(TIMES, [2.0, 3.5, 0.5]))
+    z, cond = torch.randn(4, 2), torch.randn(4)
+
+    def weighted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        (w,) = {weights[min(weights, key=lambda k: abs(k - s))] for s in t.tolist()}
+        return 0.3 * x + t.sin()[:, None] + (-1 + w * (c[:, None] + 1))
+
+    wanted = run(weighted, method, z, cond=cond)
+    for given in (list(weights.values()), weights.__getitem__):
+        got = run(Labelled(), method, z, cond=cond, guidance=given, null_condition=-1)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_weight_is_one_the_conditional_rows_go_alone():
+    net, z, cond = Labelled(), torch.randn(4, 2), torch.randn(4)
+    interval = run(net, "euler", z, cond=cond, guidance=[1.0, 3.0, 1.0], null_condition=0)
+    assert [len(c) for c in net.calls] == [4, 8, 4]
+    assert not torch.equal(interval, run(net, "euler", z, cond=cond))
+    unguided = run(net, "euler", z, cond=cond, guidance=1.0, null_condition=0)
+    assert torch.equal(unguided, run(net, "euler", z, cond=cond))
+    none = run(net, "euler", z, cond=cond, guidance=0.0, null_condition=0)
+    torch.testing.assert_close(none, run(net, "euler", z, cond=torch.zeros(4)))
+
+
+def test_the_sampler_takes_a_schedule():
+    net, cond = Labelled(), torch.randn(5)
+
+    def samples(guidance, batch_size: int) -> Tensor:
+        sampler = Sampler(
+            net, Linear(), times=TIMES, shape=(2,), null_condition=-1, batch_size=batch_size
+        )
+        return sampler(5, seed=1, cond=cond, guidance=guidance)
+
+    by_time = samples(lambda t: 1 + t, 2)
+    assert torch.equal(by_time, samples([2.0, 1.7, 1.4], 5))
+    assert not torch.equal(by_time, samples(2.0, 5))
+
+
+def test_a_network_takes_the_weight_through_cond():
+    """One call of B rows; labels and weights arrive as they were."""
+    labels, weights = torch.tensor([0, 7, 2**24 - 1]), torch.tensor([1.5, 4.0, 7.25])
+    rows = []
+
+    def student(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        rows.append(len(x))
+        features, w = guidance.split_weight(cond)
+        assert torch.equal(features[:, 0].long(), labels)
+        assert torch.equal(w, weights)
+        return w[:, None] * x
+
+    z = torch.randn(3, 2)
+    x = sampling.one_step(student, Linear(), z, cond=guidance.append_weight(labels, weights))
+    torch.testing.assert_close(x, (1 - weights[:, None]) * z)
+    assert rows == [3]
+    features = torch.randn(3, 5)
+    both, w = guidance.split_weight(guidance.append_weight(features, 2.0))
+    assert torch.equal(both, features) and w.tolist() == [2.0] * 3
+    nothing, w = guidance.split_weight(guidance.append_weight(None, 2.0, n=4))
+    assert nothing.shape == (4, 0) and w.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": 2.0}, "guidance needs cond"),
+        ({"guidance": 2.0, "cond": torch.zeros(4)}, "null_condition"),
+        ({"cond": torch.zeros(3)}, "cond must have one row per sample, 4"),
+        ({"cond": torch.tensor(1.0)}, "cond must have one row per sample, 4"),
+        ({"guidance": [2.0], "cond": torch.zeros(4), "null_condition": 0}, "3 times, got 1"),
+        ({"guidance": math.nan, "cond": torch.zeros(4), "null_condition": 0}, "finite"),
+        ({"guidance": lambda t: math.inf, "cond": torch.zeros(4), "null_condition": 0}, "finite"),
+    ],
+)
+@pytest.mark.parametrize("method", ["multistep", "euler"])
+def test_guidance_that_does_not_fit_is_refused_before_any_call(method, settings, message):
+    net = Labelled()
+    with pytest.raises(ValueError, match=message):
+        run(net, method, torch.randn(4, 2), **settings)
+    assert net.calls == []
+
+
+def test_other_misuse_is_named():
+    z = torch.randn(4, 2)
+    with pytest.raises(TypeError, match="cond must be a tensor"):
+        run(Labelled(), "euler", z, cond=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="append_weight needs cond or n"):
+        guidance.append_weight(None, 2.0)
+    with pytest.raises(ValueError, match=r"cond must be \[B\] or \[B, C\]"):
+        guidance.append_weight(torch.zeros(2, 3, 4), 2.0)
