@@ -1,4 +1,9 @@
-"""Every registered operator with arguments that reach each of its forms."""
+"""Every registered operator with arguments that reach each of its forms.
+
+The operators launch kernels. Here they get plain torch as their implementation on a CPU, so that
+what autograd, fake tensors and the schema make of them can be tested without a GPU; with that one
+disabled, the kernels run on the CPU through the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 import fastcm
 from fastcm import rng
+from fastcm.ops import registered
+from fastcm.ops.decompositions import REFERENCES
 
 KEY = fastcm.NoiseKey(3, 5)
 F = torch.ops.fastcm
+OPERATORS = [v for v in vars(registered).values() if isinstance(v, CustomOpDef)]
+for _operator in OPERATORS:
+    _operator.register_kernel("cpu")(REFERENCES[_operator._opoverload])
+    if not torch.cuda.is_available():  # interpreted kernels know no fake tensors
+        _operator.register_fake(REFERENCES[_operator._opoverload])
+
 
 Sample = tuple[Any, ...]
 

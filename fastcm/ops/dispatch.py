@@ -1,24 +1,14 @@
-"""Where the implementation of an operator is chosen, and its operands prepared.
-
-Kernels take contiguous samples and float32 coefficients. Other layouts are permuted without a copy
-where all operands share one dense layout with the batch outermost (channels_last) and no noise is
-made, whose elements are counted in logical order; else they are copied once.
-"""
+"""The one place where the implementation of an operator is chosen."""
 
 from __future__ import annotations
 
-from typing import Any
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from fastcm import rng
-from fastcm.kernels import native
-from fastcm.ops.reference import Noised
-from fastcm.rng import NoiseKey
-
 try:
-    from fastcm.kernels.noising import State
+    import fastcm.kernels.noising  # noqa: F401
 
     HAS_KERNELS = True
 except ModuleNotFoundError as error:
@@ -27,102 +17,30 @@ except ModuleNotFoundError as error:
     HAS_KERNELS = False
 
 
-_library = torch.library.Library("fastcm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "uniforms(int samples, int quads, Tensor key, int stream, int first_sample) -> Tensor"
-)
-_library.impl("uniforms", native.uniforms, "CPU")  # type: ignore[no-untyped-call]
+class Door(Enum):
+    """Where a public operator goes, once its arguments are valid."""
+
+    KERNEL = "a Triton kernel, as a registered operator"
+    REFERENCE = "plain torch"
 
 
-def same_noise(x: Noised, y: Noised) -> bool:
-    """Whether both are versions of one x0 under one z, made once then; compared by identity."""
-    return (
-        x.x0 is y.x0
-        and x.key.tensor is y.key.tensor
-        and (x.stream, x.first_sample) == (y.stream, y.first_sample)
-    )
+def door(*operands: Tensor | None) -> Door:
+    """The way of these operands, which are on one device.
 
+    On a GPU the kernel, but for float64 and where Triton lacks. Elsewhere plain torch: autograd
+    differentiates it, and under torch.compile Inductor fuses it with what surrounds it.
 
-def flat(x: Tensor | Noised) -> tuple[Any, ...]:
-    """A tensor or closed form as the operators take it."""
-    if isinstance(x, Noised):
-        return x.x0, x.alpha, x.sigma, x.key.tensor, x.stream, x.first_sample
-    return x, None, None, None, 0, 0
-
-
-def on_kernel(*tensors: Tensor | None) -> bool:
-    """Whether these tensors go to the kernels: on a GPU, and none in float64."""
-    present = [t for t in tensors if t is not None]
-    return HAS_KERNELS and all(t.is_cuda and t.dtype != torch.float64 for t in present)
-
-
-def uniforms(
-    samples: int, quads: int, state: Tensor, stream: int, first_sample: int = 0
-) -> tuple[Tensor, Tensor]:
-    """`fastcm.rng.uniforms`, in eager code on a CPU by the C++ kernel, which gives the same bits.
-
-    Code that is traced or compiled keeps the plain operations, which the compiler fuses.
+    Raises:
+        RuntimeError: an operand is mapped by vmap.
     """
-    traced = torch.compiler.is_compiling() or type(state) is not Tensor
-    if traced or state.device.type != "cpu" or not native.has_uniforms():
-        return rng.uniforms(samples, quads, state, stream, first_sample)
-    out: Tensor = torch.ops.fastcm.uniforms(samples, quads, state, stream, first_sample)
-    return out[0], out[1]
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether to call the reference without the operator around it: no gradient, kernel or tracer.
-
-    An operator costs as much as the arithmetic on a small batch.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
-
-
-def f32(value: Tensor) -> Tensor:
-    return value.to(torch.float32).contiguous()
-
-
-def coefficient(value: Tensor | None) -> Tensor | None:
-    return None if value is None else f32(value)
-
-
-def layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """Contiguous views or copies of `tensors`, and the permutation that leads back.
-
-    One dense layout with the batch outermost, shared by all, is permuted; else it is copied.
-    """
-    first = next(t for t in tensors if t is not None)
-    strides = first.stride()
-    order = sorted(range(first.dim()), key=lambda i: (-strides[i], i))
-    views = [None if t is None else t.permute(order) for t in tensors]
-    if order[0] != 0 or not all(v is None or v.is_contiguous() for v in views):
-        order = list(range(first.dim()))
-        views = [None if t is None else t.contiguous() for t in tensors]
-    back = sorted(range(first.dim()), key=order.__getitem__)
-    return views, back
-
-
-def state(
-    x: Tensor,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
-    key: Tensor | None,
-    stream: int,
-    first_sample: int,
-) -> State:
-    return State(x.contiguous(), coefficient(alpha), coefficient(sigma), key, stream, first_sample)
-
-
-def closed(
-    x: Tensor,
-    alpha: Tensor | None,
-    sigma: Tensor | None,
-    key: Tensor | None,
-    stream: int,
-    first_sample: int,
-) -> Tensor | Noised:
-    if alpha is None or sigma is None or key is None:
-        return x
-    return Noised(x, alpha, sigma, NoiseKey.wrap(key), stream, first_sample)
+    present = [t for t in operands if t is not None]
+    traced = torch.compiler.is_compiling()
+    if not traced and any(torch._C._functorch.is_batchedtensor(t) for t in present):
+        raise RuntimeError(
+            "the operators of fastcm cannot be mapped by vmap: their coefficients are per sample "
+            "and their noise depends on the index of the sample; make the mapped dimension part "
+            "of the batch"
+        )
+    if HAS_KERNELS and all(t.is_cuda and t.dtype != torch.float64 for t in present):
+        return Door.KERNEL
+    return Door.REFERENCE

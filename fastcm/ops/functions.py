@@ -14,16 +14,14 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fastcm.losses import Metric, PseudoHuber, SampleMetric
-from fastcm.ops import dispatch, reference, validation
-from fastcm.ops import gradients as gradients
-from fastcm.ops import registered as operators
-from fastcm.ops.dispatch import flat, same_noise
-from fastcm.ops.normals import noise as noise
-from fastcm.ops.normals import noised
-from fastcm.ops.normals import noising as noising
-from fastcm.ops.reference import Denoised as Denoised
-from fastcm.ops.reference import Noised as Noised
+from fastcm.losses import Metric, PseudoHuber
+from fastcm.ops import gradients as gradients  # registers them
+from fastcm.ops import reference, validation
+from fastcm.ops.dispatch import Door, door
+from fastcm.ops.normals import noising, uniforms
+from fastcm.ops.operands import flat, same_noise
+from fastcm.ops.reference import Denoised, Noised
+from fastcm.ops.registered import METRICS
 from fastcm.rng import NoiseKey
 
 _fastcm = torch.ops.fastcm
@@ -44,7 +42,7 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
     validation.check_map("x", x, F, a, b)
-    if dispatch.is_plain(F):
+    if door(_data(x), F) is Door.REFERENCE:
         return reference.boundary(x, F, a, b)
     out: Tensor = _fastcm.boundary(*flat(x), F, a, b)
     return out
@@ -120,12 +118,15 @@ def euler_step(
         validation.check_coefficient("input_scale", input_scale, like)
         if input_dtype is None:
             raise ValueError("input_scale needs input_dtype, the dtype of the scaled result")
-    if input_dtype is None and dispatch.is_plain(v):
-        return reference.euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale)
-    x_s, scaled = _fastcm.euler_step(
+    if door(_data(x), v, v_uncond) is Door.REFERENCE:
+        x_s = reference.euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale)
+        if input_dtype is None:
+            return x_s
+        return x_s, reference.scaled(x_s, input_scale, input_dtype)
+    x_s, second = _fastcm.euler_step(
         *flat(x), v, dt, v_uncond, guidance, scale, input_scale, input_dtype
     )
-    return x_s if input_dtype is None else (x_s, scaled)
+    return x_s if input_dtype is None else (x_s, second)
 
 
 def sampler_update(
@@ -161,7 +162,7 @@ def sampler_update(
     validation.check_coefficient("alpha", alpha, x)
     validation.check_coefficient("sigma", sigma, x)
     validation.check_noise(key, stream, first_sample, x.device)
-    if dispatch.is_plain(x, F):
+    if door(x, F) is Door.REFERENCE:
         return reference.sampler_update(
             x,
             F,
@@ -172,7 +173,7 @@ def sampler_update(
             key,
             stream=stream,
             first_sample=first_sample,
-            uniforms=dispatch.uniforms,
+            uniforms=uniforms,
         )
     out: Tensor = _fastcm.sampler_update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
     return out
@@ -219,11 +220,29 @@ def consistency_loss(
         raise TypeError(
             f"metric must be callable (f, target) -> [B], got {validation.describe(metric)}"
         )
-    if not dispatch.on_kernel(F):
-        # without a kernel, autograd's own backward is cheaper than a gradient stored on the way
+    source = target.x if isinstance(target, Denoised) else target
+    target_F = target.F if isinstance(target, Denoised) else None
+    if door(F, _data(x_t), _data(source), target_F) is Door.REFERENCE:
+        # autograd's own backward is cheaper than a gradient stored on the way
         _, losses = reference.consistency_loss(F, x_t, a, b, target, metric=metric, weight=weight)
-    elif isinstance(metric, operators.METRICS):
-        losses = _loss(F, x_t, a, b, target, metric, weight)
+    elif isinstance(metric, METRICS):
+        shared = isinstance(x_t, Noised) and isinstance(source, Noised) and same_noise(x_t, source)
+        y, *noise_of_y = flat(source)
+        target_map: tuple[Tensor | None, ...] = (None, None, None)
+        if isinstance(target, Denoised):
+            target_map = target.F.detach(), target.a, target.b
+        losses, _ = _fastcm.consistency_loss(
+            F,
+            *flat(x_t),
+            a,
+            b,
+            None if shared else y,
+            *noise_of_y,
+            *target_map,
+            weight,
+            METRICS.index(type(metric)),
+            metric.scale(math.prod(F.shape[1:])) if isinstance(metric, PseudoHuber) else 1.0,
+        )
     else:
         losses = metric(boundary(_detach(x_t), F, a.detach(), b.detach()), _value(target))
         if weight is not None:
@@ -235,39 +254,8 @@ def consistency_loss(
     return losses.mean(), losses
 
 
-def _loss(
-    F: Tensor,
-    x_t: Tensor | Noised,
-    a: Tensor,
-    b: Tensor,
-    target: Tensor | Noised | Denoised,
-    metric: SampleMetric,
-    weight: Tensor | None,
-) -> Tensor:
-    source: Tensor | Noised
-    target_map: tuple[Tensor | None, ...] = (None, None, None)
-    if isinstance(target, Denoised):
-        source = target.x
-        target_map = target.F.detach(), target.a, target.b
-    else:
-        source = target
-    shared = isinstance(x_t, Noised) and isinstance(source, Noised) and same_noise(x_t, source)
-    y, *noise_of_y = flat(source)
-    c = metric.scale(math.prod(F.shape[1:])) if isinstance(metric, PseudoHuber) else 1.0
-    losses, _ = _fastcm.consistency_loss(
-        F,
-        *flat(x_t),
-        a,
-        b,
-        None if shared else y,
-        *noise_of_y,
-        *target_map,
-        weight,
-        operators.METRICS.index(type(metric)),
-        c,
-    )
-    out: Tensor = losses
-    return out
+def _data(x: Tensor | Noised) -> Tensor:
+    return x.x0 if isinstance(x, Noised) else x
 
 
 def _detach(x: Tensor | Noised) -> Tensor | Noised:
@@ -276,10 +264,19 @@ def _detach(x: Tensor | Noised) -> Tensor | Noised:
 
 @torch.no_grad()
 def _value(target: Tensor | Noised | Denoised) -> Tensor:
+    """The target as a tensor."""
     if isinstance(target, Denoised):
         return boundary(target.x, target.F, target.a, target.b)
     if isinstance(target, Noised):
-        dtype = reference.compute_dtype(target.x0)
-        x0, alpha, sigma = target.x0, target.alpha, target.sigma
-        return noised(x0, alpha, sigma, target.key, target.stream, target.first_sample, dtype)
+        out = noising(
+            target.x0,
+            target.alpha,
+            target.sigma,
+            target.key,
+            stream=target.stream,
+            first_sample=target.first_sample,
+            out_dtype=torch.float32,
+        )
+        assert isinstance(out, Tensor)
+        return out
     return target.detach()

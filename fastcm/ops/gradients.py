@@ -1,13 +1,13 @@
-"""Gradients of the operators, and the refusal to vmap them."""
+"""Gradients of the registered operators."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcm.ops import registered as operators
+from fastcm.ops import registered
 from fastcm.ops.reference import lift
 
 
@@ -89,26 +89,13 @@ def _loss_backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return _scale(unit, g, unit.dtype), *[None] * (ctx.count - 1)
 
 
-def _refuse(name: str) -> Any:
-    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{name} cannot be mapped by vmap: its coefficients are per sample and its noise "
-            "depends on the index of the sample; make the mapped dimension part of the batch"
-        )
-
-    return vmap
-
-
 for _op, _setup, _backward in (
-    (operators.noising_op, _noising_setup, _noising_backward),
-    (operators.noising_pair_op, _noising_setup, _noising_pair_backward),
-    (operators.boundary_op, _boundary_setup, _boundary_backward),
-    (operators.euler_step_op, _euler_setup, _euler_backward),
-    (operators.sampler_update_op, _sampler_setup, _sampler_backward),
-    (operators.consistency_loss_op, _loss_setup, _loss_backward),
-    (operators.scale_op, None, None),
+    (registered.noising_op, _noising_setup, _noising_backward),
+    (registered.noising_pair_op, _noising_setup, _noising_pair_backward),
+    (registered.boundary_op, _boundary_setup, _boundary_backward),
+    (registered.euler_step_op, _euler_setup, _euler_backward),
+    (registered.sampler_update_op, _sampler_setup, _sampler_backward),
+    (registered.consistency_loss_op, _loss_setup, _loss_backward),
 ):
     _registered: Any = _op
-    if _backward is not None:
-        _registered.register_autograd(_backward, setup_context=_setup)
-    _registered.register_vmap(_refuse(_registered._qualname.replace("::", ".")))
+    _registered.register_autograd(_backward, setup_context=_setup)

@@ -148,6 +148,11 @@ def euler_step(
     return x - lift(dt, x) * v
 
 
+def scaled(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale x in `dtype`."""
+    return (x if scale is None else lift(scale, x) * x).to(dtype)
+
+
 def sampler_update(
     x: Tensor,
     F: Tensor,

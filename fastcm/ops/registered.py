@@ -1,33 +1,21 @@
-"""The registered operators ``torch.ops.fastcm.*``: on a GPU the kernel, elsewhere the reference.
+"""The registered operators ``torch.ops.fastcm.*``: the launches of the Triton kernels.
 
 Arguments are flat tensors and numbers, valid (`fastcm.ops` is the door that checks them), and
-coefficients float32 or float64 ``[B]``. Fake tensors follow the same branches as real ones, so
-shapes and dtypes under torch.compile are those of the run.
+coefficients float32 or float64 ``[B]``. `fastcm.ops.gradients` makes them differentiable, and
+`fastcm.ops.decompositions` says what each computes in plain torch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from fastcm import losses
-from fastcm.ops import reference
-from fastcm.ops.dispatch import (
-    HAS_KERNELS,
-    closed,
-    coefficient,
-    f32,
-    layout,
-    on_kernel,
-    state,
-    uniforms,
-)
-from fastcm.ops.reference import Denoised, lift
-from fastcm.rng import NoiseKey
+from fastcm.ops.dispatch import HAS_KERNELS
+from fastcm.ops.operands import coefficient, f32, layout, restored, state
 
 if HAS_KERNELS:
     from fastcm.kernels import affine, noising
@@ -53,18 +41,6 @@ def noising_op(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """alpha x0 + sigma z."""
-    if not on_kernel(x0) or out_dtype == torch.float64:
-        (out,) = reference.noising(
-            x0,
-            alpha[None],
-            sigma[None],
-            NoiseKey.wrap(key),
-            stream=stream,
-            first_sample=first_sample,
-            out_dtype=out_dtype,
-            uniforms=uniforms,
-        )
-        return out
     x0 = x0.contiguous()
     out = torch.empty_like(x0, dtype=out_dtype)
     noising.launch_noising(
@@ -90,18 +66,6 @@ def noising_pair_op(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Two versions with one z; alpha, sigma ``[2, B]``."""
-    if not on_kernel(x0) or out_dtype == torch.float64:
-        first, second = reference.noising(
-            x0,
-            alpha,
-            sigma,
-            NoiseKey.wrap(key),
-            stream=stream,
-            first_sample=first_sample,
-            out_dtype=out_dtype,
-            uniforms=uniforms,
-        )
-        return first, second
     x0 = x0.contiguous()
     first, second = (torch.empty_like(x0, dtype=out_dtype) for _ in range(2))
     noising.launch_noising(
@@ -130,9 +94,6 @@ def boundary_op(
     b: Tensor,
 ) -> Tensor:
     """a x + b F."""
-    if not on_kernel(x, F):
-        x_t = closed(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
-        return reference.boundary(x_t, F, a, b)
     kernel = wrap_triton(affine.boundary_kernel)
     if x_alpha is not None:
         F = F.contiguous()
@@ -144,19 +105,17 @@ def boundary_op(
     assert x_ is not None and F_ is not None
     out = torch.empty_like(F_, dtype=torch.float32)
     affine.launch_boundary(x_, F_, f32(a), f32(b), out, kernel=kernel)
-    return out.permute(back)
+    return restored(out, back)
 
 
 @triton_op("fastcm::scale", mutates_args={})
 def scale_op(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     """c g: the backward of the affine maps."""
-    if not on_kernel(g) or out_dtype == torch.float64:
-        return (lift(c, g) * g).to(out_dtype)
     (g_,), back = layout(g)
     assert g_ is not None
     out = torch.empty_like(g_, dtype=out_dtype)
     affine.launch_scale(g_, f32(c), out, kernel=wrap_triton(affine.scale_kernel))
-    return out.permute(back)
+    return restored(out, back)
 
 
 @triton_op("fastcm::euler_step", mutates_args={})
@@ -179,19 +138,6 @@ def euler_step_op(
 
     Without input_dtype the second result is empty.
     """
-    if not on_kernel(x, v):
-        out = reference.euler_step(
-            closed(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample),
-            v,
-            dt,
-            v_uncond=v_uncond,
-            guidance=guidance,
-            scale=scale,
-        )
-        if input_dtype is None:
-            return out, out.new_empty(0)
-        scaled = out if input_scale is None else lift(input_scale, out) * out
-        return out, scaled.to(input_dtype, copy=True)
     x_state = state(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
     v = v.contiguous()
     out = torch.empty_like(v, dtype=torch.float32)
@@ -225,19 +171,6 @@ def sampler_update_op(
     first_sample: int,
 ) -> Tensor:
     """alpha (a x + b F) + sigma z."""
-    if not on_kernel(x, F):
-        return reference.sampler_update(
-            x,
-            F,
-            a,
-            b,
-            alpha,
-            sigma,
-            NoiseKey.wrap(key),
-            stream=stream,
-            first_sample=first_sample,
-            uniforms=uniforms,
-        )
     x, F = x.contiguous(), F.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)
     affine.launch_sampler_update(
@@ -286,21 +219,6 @@ def consistency_loss_op(
         shared = True
     else:
         shared = False
-    if not on_kernel(F, x, y, target_F):
-        target: Any = closed(y, y_alpha, y_sigma, y_key, y_stream, y_first_sample)
-        if target_F is not None and target_a is not None and target_b is not None:
-            target = Denoised(target, target_F, target_a, target_b)
-        x_t = closed(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
-        kind = METRICS[metric]
-        return reference.consistency_loss_and_gradient(
-            F,
-            x_t,
-            a,
-            b,
-            target,
-            metric=losses.PseudoHuber(c) if kind is losses.PseudoHuber else kind(),
-            weight=weight,
-        )
     F = F.contiguous()
     x_state = state(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
     y_state = state(x_state.x if shared else y, y_alpha, y_sigma, y_key, y_stream, y_first_sample)

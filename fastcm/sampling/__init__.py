@@ -8,6 +8,7 @@ shares with training: `graphs`, `precision`, `progress`.
 
 from fastcm.sampling import editing as editing
 from fastcm.sampling.export import export_sampler as export_sampler
+from fastcm.sampling.functions import SOLVERS as SOLVERS
 from fastcm.sampling.functions import Constraint as Constraint
 from fastcm.sampling.functions import SolverName as SolverName
 from fastcm.sampling.functions import multistep as multistep

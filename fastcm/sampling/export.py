@@ -8,8 +8,8 @@ the program is the same plain torch, without the Triton kernels; none has been r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from fastcm import rng
 from fastcm.ops import reference
-from fastcm.ops.dispatch import closed
+from fastcm.ops.decompositions import REFERENCES
 from fastcm.rng import NoiseKey
 from fastcm.sampling.engine import eval_mode
 from fastcm.sampling.guidance import Guidance, evaluator, guidance_weights
@@ -74,7 +74,7 @@ def export_sampler(
     program = _Program(sampler, shape, weights)
     with torch.no_grad(), eval_mode(program):
         traced = torch.export.export(program, inputs)
-        exported: ExportedProgram = traced.run_decompositions(_REFERENCES)
+        exported: ExportedProgram = traced.run_decompositions(REFERENCES)
     for name, value in exported.state_dict.items():
         if isinstance(value, nn.Parameter):
             exported.state_dict[name] = nn.Parameter(value.detach(), requires_grad=False)
@@ -97,32 +97,3 @@ class _Program(nn.Module):
         noise_key = NoiseKey.wrap(key)
         z = reference.noise(self.shape, noise_key, stream=rng.SAMPLE)
         return self.loop.solve(self.loop.eager, z, noise_key, cond, self.weights)
-
-
-def _boundary(*arguments: Any) -> Tensor:
-    *state, F, a, b = arguments
-    return reference.boundary(closed(*state), F, a, b)
-
-
-def _euler_step(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *state, v, dt, v_uncond, guidance, scale, _, input_dtype = arguments
-    assert input_dtype is None, "no sampler asks for the second result"
-    out = reference.euler_step(
-        closed(*state), v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale
-    )
-    return out, out.new_empty(0)
-
-
-def _sampler_update(*arguments: Any) -> Tensor:
-    x, F, a, b, alpha, sigma, key, stream, first = arguments
-    return reference.sampler_update(
-        x, F, a, b, alpha, sigma, NoiseKey.wrap(key), stream=stream, first_sample=first
-    )
-
-
-_REFERENCES: dict[Any, Callable[..., Any]] = {
-    torch.ops.fastcm.boundary.default: _boundary,
-    torch.ops.fastcm.euler_step.default: _euler_step,
-    torch.ops.fastcm.sampler_update.default: _sampler_update,
-}
-"""A sampler's operators in plain torch, as a table of decompositions."""

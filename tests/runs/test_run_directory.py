@@ -15,8 +15,8 @@ import pytest
 from fault_runs import make
 
 from fastcm import Trainer
+from fastcm.runs import lock as locks
 from fastcm.runs.checkpoint import list_checkpoints, step_of
-from fastcm.training import lock as locks
 from fastcm.training.interrupt import StopSignals
 
 pytestmark = pytest.mark.usefixtures("default_handlers")

@@ -189,7 +189,7 @@ def test_twenty_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         t.fit(100)
     assert t.step <= 40
     assert all(torch.isfinite(v).all() for v in everything(t).values())
-    found, damaged = fastcm.checkpoint.load_newest(tmp_path)
+    found, damaged = fastcm.runs.checkpoint.load_newest(tmp_path)
     assert not damaged and found.state["step"] >= 4
 
 
