@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastcm.objectives.base import Network
+from fastcm.networks.protocol import Network
 
 Precision = Literal["fp32", "bf16"]
 

@@ -285,7 +285,7 @@ def test_replayed_samples_are_the_launched_ones(loop: str, precision: Any, compi
         )
         for graph in ("off", "on")
     )
-    launched.loop.has_few_shapes = True  # the same batch shapes: the same sums
+    launched.engine.has_few_shapes = True  # the same batch shapes: the same sums
     for i in range(12):
         cond = (torch.arange(11) + i) % 4
         call: dict[str, Any] = {"seed": i, "first_sample": 5 * i, "cond": cond, "guidance": 1.5}

@@ -9,7 +9,7 @@ import inspect
 
 from torch import Tensor, nn
 
-from fastcm.objectives.base import check_output
+from fastcm.networks.protocol import check_output
 
 _CONDITIONS = ("class_labels", "encoder_hidden_states")
 _SAMPLES = ("sample", "hidden_states")

@@ -19,8 +19,8 @@ from fastcm.ema import EMA
 from fastcm.evaluation.metrics import ConsistencyGap, sliced_wasserstein
 from fastcm.evaluation.pictures import save_figure
 from fastcm.networks import MLP, GaussianMixture
+from fastcm.networks.protocol import Network
 from fastcm.objectives import ConsistencyDistillation
-from fastcm.objectives.base import Network
 from fastcm.optim import AdamW
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Path

@@ -1,8 +1,8 @@
 """Training methods, one file each."""
 
+from fastcm.networks.protocol import Network as Network
 from fastcm.objectives.base import Batch as Batch
 from fastcm.objectives.base import Loss as Loss
-from fastcm.objectives.base import Network as Network
 from fastcm.objectives.base import Objective as Objective
 from fastcm.objectives.consistency_distillation import (
     ConsistencyDistillation as ConsistencyDistillation,

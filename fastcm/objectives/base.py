@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.ema import Average
+from fastcm.networks.protocol import Network
 from fastcm.ops import Noised
 from fastcm.ops.reference import lift
 from fastcm.parameterization import Parameterization
+from fastcm.precision import autocast
 from fastcm.rng import NoiseKey
-
-Network = Callable[..., Tensor]
-"""``net(x, t, cond) -> F``: x ``[B, ...]``, t ``[B]`` float32, F like x."""
 
 
 class Loss(NamedTuple):
@@ -101,6 +100,12 @@ class Batch:
         )
         return out if isinstance(out, tuple) else (out,)
 
+    def network(self, net: Network) -> Network:
+        """A network of the objective's own, such as a teacher, in the precision of this step."""
+        if self.input_dtype == torch.float32:
+            return net
+        return autocast(net, self.x0.device.type)
+
     def without_condition(self, null: Tensor | int, probability: float) -> Batch:
         """This batch with `cond` replaced by `null` in a random share of the rows."""
         if self.cond is None:
@@ -143,24 +148,3 @@ def target_output(
             return net(x, t, cond)
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             return net(x, t, cond)
-
-
-def check_output(name: str, F: Tensor, x: Tensor) -> Tensor:
-    """Raise ValueError if a network's output has another shape than its input."""
-    if not isinstance(F, Tensor):
-        raise TypeError(f"{name} must return a tensor, got {type(F).__name__}")
-    if F.shape != x.shape:
-        raise ValueError(
-            f"{name} must return a tensor of the shape of its input, {list(x.shape)}, "
-            f"got {list(F.shape)}"
-        )
-    return F
-
-
-def unconditional(cond: Tensor, null: Tensor | int | None) -> Tensor:
-    """The null condition for every row of `cond`."""
-    if isinstance(null, Tensor):
-        return null.to(cond).expand_as(cond)
-    if null is None:
-        raise ValueError("guidance needs null_condition, got None")
-    return torch.full_like(cond, null)

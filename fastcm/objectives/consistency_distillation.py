@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.objectives.base import Batch, Loss, Network, check_output, target_output, unconditional
+from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.objectives.base import Batch, Loss, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
 from fastcm.parameterization import Parameterization
@@ -99,16 +100,16 @@ class ConsistencyDistillation:
         p = self.parameterization
         q = self.teacher_parameterization or p
         at, dt = q.coefficients(t), t - s
-        c_noise, cond = q.c_noise(t), batch.cond
+        c_noise, cond, teacher = q.c_noise(t), batch.cond, batch.network(self.teacher)
         F_uncond = weight = None
         if self.guidance is None:
-            F = check_output("teacher", self.teacher(input_t, c_noise, cond), input_t)
+            F = check_output("teacher", teacher(input_t, c_noise, cond), input_t)
         elif cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")
         else:
             inputs = torch.cat([input_t, input_t])
             conds = torch.cat([cond, unconditional(cond, self.null_condition)])
-            both = check_output("teacher", self.teacher(inputs, c_noise.repeat(2), conds), inputs)
+            both = check_output("teacher", teacher(inputs, c_noise.repeat(2), conds), inputs)
             F, F_uncond = both.chunk(2)
             weight = torch.full_like(t, self.guidance)
         x_s, input_s = ops.euler_step(

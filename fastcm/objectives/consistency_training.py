@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.objectives.base import Batch, Loss, Network, check_output, target_output
+from fastcm.networks.protocol import Network, check_output
+from fastcm.objectives.base import Batch, Loss, target_output
 from fastcm.ops import Denoised
 from fastcm.parameterization import Parameterization
 from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals

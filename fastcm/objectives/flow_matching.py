@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.losses import Metric, SquaredL2, Weight, uniform
-from fastcm.objectives.base import Batch, Loss, Network, check_output
+from fastcm.networks.protocol import Network, check_output
+from fastcm.objectives.base import Batch, Loss
 from fastcm.parameterization import Parameterization
 from fastcm.schedules import LogitNormal, TimeSampler
 

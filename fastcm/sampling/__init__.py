@@ -2,8 +2,8 @@
 
 `functions` are the algorithms, `solvers` the steps of the ODE, `guidance` the evaluation of the
 network; `sampler` cuts a request into batches, `engine` computes one of them. `editing` and
-`export` build on these. Imports the maths, `ops`, `networks`, `objectives`, `runs`, and what it
-shares with training: `graphs`, `precision`, `progress`.
+`export` build on these. Imports the maths, `ops`, `networks`, `runs`, and
+what it shares with training: `graphs`, `precision`, `progress`.
 """
 
 from fastcm.sampling import editing as editing

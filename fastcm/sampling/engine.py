@@ -1,4 +1,4 @@
-"""One batch of a `Sampler`: noise, network and solver, launched or as CUDA graphs."""
+"""One batch of samples: noise, network and algorithm, launched or as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import graphs, ops, rng
-from fastcm.objectives.base import Network
+from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
 from fastcm.precision import Precision, autocast
 from fastcm.rng import NoiseKey
@@ -21,11 +21,11 @@ from fastcm.sampling.functions import SolverName, multistep, ode
 Graph = Literal["auto", "on", "off"]
 
 WHOLE = 8
-"""Evaluations up to which the loop is one graph; of longer ones each evaluation is replayed."""
+"""Evaluations up to which a batch is one graph; of more, each evaluation is replayed."""
 
 
-class Loop:
-    """Computes batches of samples. See `Sampler` for the arguments."""
+class Engine:
+    """Computes one batch of samples at a time. See `Sampler` for the arguments."""
 
     def __init__(
         self,

@@ -89,11 +89,11 @@ class _Program(nn.Module):
     ) -> None:
         super().__init__()
         self.net = sampler.net
-        self.loop = sampler.loop
+        self.engine = sampler.engine
         self.shape = shape
         self.weights = weights
 
     def forward(self, key: Tensor, cond: Tensor | None = None) -> Tensor:
         noise_key = NoiseKey.wrap(key)
         z = reference.noise(self.shape, noise_key, stream=rng.SAMPLE)
-        return self.loop.solve(self.loop.eager, z, noise_key, cond, self.weights)
+        return self.engine.solve(self.engine.eager, z, noise_key, cond, self.weights)

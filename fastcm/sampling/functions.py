@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcm import ops, rng
-from fastcm.objectives.base import Network
+from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Path
 from fastcm.rng import NoiseKey

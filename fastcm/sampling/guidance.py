@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastcm import ops
-from fastcm.objectives.base import Network, check_output, unconditional
+from fastcm.networks.protocol import Network, check_output, unconditional
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
 

@@ -20,7 +20,7 @@ from fastcm.progress import Progress
 from fastcm.rng import NoiseKey, check_key
 from fastcm.runs import checkpoint
 from fastcm.runs.description import parameterization_from
-from fastcm.sampling.engine import Graph, Loop, batches, padded
+from fastcm.sampling.engine import Engine, Graph, batches, padded
 from fastcm.sampling.functions import SOLVERS, SolverName, as_parameterization, check_descending
 from fastcm.sampling.guidance import Guidance, check_rows, guidance_weights
 from fastcm.schedules import Grid, UniformGrid, sampling_times
@@ -107,7 +107,7 @@ class Sampler:
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
         self.batch_size = batch_size
-        self.loop = Loop(
+        self.engine = Engine(
             self.net,
             self.parameterization,
             self.times,
@@ -197,10 +197,10 @@ class Sampler:
         n = shape[0]
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
         out = torch.empty(shape, device=self.device)
-        for start, end, size in batches(n, self.batch_size, few_shapes=self.loop.has_few_shapes):
+        for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
             key = NoiseKey(seed, first_sample=first_sample + start)
             rows = None if cond is None else padded(cond[start:end].to(self.device), size)
-            self.loop(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
+            self.engine(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
         return out
 
     def stream(
@@ -266,7 +266,7 @@ class Sampler:
         """
         for size in sorted(set(sizes), reverse=True):
             rows = None if cond is None else cond[:1].expand(size, *cond.shape[1:])
-            for _ in range(self.loop.calls_to_prepare):
+            for _ in range(self.engine.calls_to_prepare):
                 self(size, cond=rows, guidance=guidance)
         return self
 

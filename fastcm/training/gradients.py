@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastcm.objectives.base import Batch, Network, Objective
+from fastcm.networks.protocol import Network
+from fastcm.objectives.base import Batch, Objective
 from fastcm.precision import Precision, autocast, check_precision
 from fastcm.rng import NoiseKey
 

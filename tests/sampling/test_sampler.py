@@ -135,7 +135,7 @@ def test_samples_do_not_depend_on_batches_padding_or_order(steps: int) -> None:
     for size in (1, 3, 16):
         assert torch.equal(sampler(steps=steps, batch_size=size)(40, seed=5, first_sample=7), whole)
     s = sampler(steps=steps)
-    s.loop.has_few_shapes = True
+    s.engine.has_few_shapes = True
     assert torch.equal(s(40, seed=5, first_sample=7), whole)
     parts = {at: s(5, seed=5, first_sample=7 + at) for at in (35, 0, 15, 5, 30, 20, 25, 10)}
     assert torch.equal(torch.cat([parts[at] for at in sorted(parts)]), whole)
@@ -147,7 +147,7 @@ def test_a_network_of_matrix_products_agrees_to_rounding(few_shapes: bool) -> No
     nn.init.normal_(list(net.parameters())[-1])
     whole = sampler(net)(33)
     s = sampler(net, batch_size=20)
-    s.loop.has_few_shapes = few_shapes
+    s.engine.has_few_shapes = few_shapes
     torch.testing.assert_close(s(33), whole, rtol=1e-5, atol=1e-5)
 
 

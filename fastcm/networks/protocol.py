@@ -1,0 +1,32 @@
+"""What every network is called as, here and from outside: the protocol of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Network = Callable[..., Tensor]
+"""``net(x, t, cond) -> F``: x ``[B, ...]``, t ``[B]`` float32, F like x."""
+
+
+def check_output(name: str, F: Tensor, x: Tensor) -> Tensor:
+    """Raise ValueError if a network's output has another shape than its input."""
+    if not isinstance(F, Tensor):
+        raise TypeError(f"{name} must return a tensor, got {type(F).__name__}")
+    if F.shape != x.shape:
+        raise ValueError(
+            f"{name} must return a tensor of the shape of its input, {list(x.shape)}, "
+            f"got {list(F.shape)}"
+        )
+    return F
+
+
+def unconditional(cond: Tensor, null: Tensor | int | None) -> Tensor:
+    """The null condition for every row of `cond`."""
+    if isinstance(null, Tensor):
+        return null.to(cond).expand_as(cond)
+    if null is None:
+        raise ValueError("guidance needs null_condition, got None")
+    return torch.full_like(cond, null)
