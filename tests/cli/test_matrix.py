@@ -1,0 +1,93 @@
+"""Every method, network and precision that the command line offers, for a few steps each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from fastcm import cli, networks
+from fastcm.cli.recipes import METHODS
+from fastcm.precision import Precision
+from fastcm.runs.checkpoint import load
+
+NETWORKS = ["mlp", "unet", "dit"]
+PRECISIONS = get_args(Precision)
+TINY = ["--data", "digits", "--width", "24", "--batch", "8", "--steps", "3", "--compile", "off"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+def fastcm_(*arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fastcm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+    assert done.value.code in (0, None)
+
+
+def trained(out: Path, *options: object) -> Path:
+    """A run of three steps, which is complete, finite and has moved the weights."""
+    fastcm_("train", *TINY, *options, "--log-every", 1, "--save-every", 1, "--out", out)
+    losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in losses] == [1, 2, 3] and all(m["skipped"] == 0 for m in losses)
+    assert all(np.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in losses)
+    first, last = (
+        load(out / "checkpoints" / f"step_00000000{step}", only={"model"}).groups["model"]
+        for step in (1, 3)
+    )
+    assert any(not torch.equal(first[name], last[name]) for name in last)
+    return out
+
+
+def sampled(run: Path, *options: object) -> None:
+    out = run / "x.npy"
+    fastcm_("sample", run, "--n", 3, *options, "--out", out)
+    x = np.load(out)
+    assert x.shape == (3, 1, 8, 8) and np.isfinite(x).all()
+
+
+@pytest.fixture(scope="module")
+def teachers(here: Path) -> dict[str, Path]:
+    """One for each network, with classes and without condition where guidance needs it."""
+    options = ["--method", "flow", "--conditional", "--condition-dropout", 0.2]
+    return {net: trained(here / f"teacher-{net}", *options, "--net", net) for net in NETWORKS}
+
+
+def test_the_lists_are_complete() -> None:
+    assert set(METHODS) == {"flow", "ct", "cd"}
+    assert set(NETWORKS) == set(networks._NETWORKS)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("net", NETWORKS)
+@pytest.mark.parametrize("method", ["flow", "ct"])
+def test_training_from_data(method: str, net: str, precision: str, here: Path) -> None:
+    run = trained(
+        here / f"{method}-{net}-{precision}",
+        *("--method", method, "--net", net, "--precision", precision),
+    )
+    sampled(run, "--precision", precision)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("net", NETWORKS)
+def test_distillation(
+    net: str, precision: str, guidance: float | None, teachers: dict[str, Path], here: Path
+) -> None:
+    more = [] if guidance is None else ["--guidance", guidance]
+    run = trained(
+        here / f"cd-{net}-{precision}-{guidance}",
+        *("--method", "cd", "--teacher", teachers[net], "--conditional", *more),
+        *("--net", net, "--precision", precision),
+    )
+    sampled(run, "--precision", precision, "--label", 3)
