@@ -27,8 +27,10 @@ def check_samples(name: str, x: object, *, allow_uint8: bool = False) -> Tensor:
     return x
 
 
-def check_like(name: str, value: object, x: Tensor, x_name: str) -> None:
-    tensor = check_samples(name, value)
+def check_like(
+    name: str, value: object, x: Tensor, x_name: str, *, allow_uint8: bool = False
+) -> None:
+    tensor = check_samples(name, value, allow_uint8=allow_uint8)
     if tensor.shape != x.shape or tensor.device != x.device:
         raise ValueError(
             f"{name} must have the shape and device of {x_name}, {describe(x)}, "
@@ -60,13 +62,14 @@ def check_state(name: str, x: object, *, like: Tensor | None = None) -> Tensor:
 
     With `like`, the network output F, its shape and device must be those.
     """
-    if like is not None:
-        shown = x.x0 if isinstance(x, Noised) else x
-        shown = shown.float() if isinstance(shown, Tensor) and shown.dtype == torch.uint8 else shown
-        check_like(name, shown, like, "F")
     if not isinstance(x, Noised):
-        return check_samples(name, x)
+        tensor = check_samples(name, x)
+        if like is not None:
+            check_like(name, x, like, "F")
+        return tensor
     x0 = check_samples(f"{name}.x0", x.x0, allow_uint8=True)
+    if like is not None:
+        check_like(name, x0, like, "F", allow_uint8=True)
     check_coefficient(f"{name}.alpha", x.alpha, x0)
     check_coefficient(f"{name}.sigma", x.sigma, x0)
     check_noise(x.key, x.stream, x.first_sample, x0.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcm import ops, rng
-from fastcm.ops import Denoised, Noised
+from fastcm.ops import Denoised, Noised, validation
 from fastcm.rng import NoiseKey
 
 B, D = 3, 10
@@ -235,3 +236,24 @@ def test_a_noised_target_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="target"):
         ops.consistency_loss(x, x, v, v, Noised(x[:1], v[:1], v[:1], key))
     assert torch.isfinite(ops.consistency_loss(x, ok, v, v, ok)[0])
+
+
+class Counting(TorchDispatchMode):
+    """Counts what reaches torch."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_checks_compute_nothing():
+    """A check that converts uint8 data to look at its shape costs five bytes an element."""
+    F, a = torch.randn(3, 4, 5), torch.rand(3)
+    x = Noised(torch.zeros(3, 4, 5, dtype=torch.uint8), a, a, NoiseKey(0))
+    with Counting() as torch_:
+        validation.check_map("x", x, F, a, a)
+        validation.check_state("target", x, like=F)
+        validation.check_state("target", F, like=F)
+    assert torch_.calls == 0
