@@ -73,7 +73,9 @@ class NoiseKey:
         device: torch.device | str | None = None,
     ) -> None:
         check_key(seed, step, first_sample)
-        self.tensor = torch.tensor([seed, step, first_sample], dtype=torch.int64, device=device)
+        self.tensor = torch.tensor(
+            [seed, step, first_sample], dtype=torch.int64, device=device or "cpu"
+        )
 
     @classmethod
     def wrap(cls, tensor: Tensor) -> NoiseKey:

@@ -169,7 +169,7 @@ def image_folder(
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
     kept: list[Path] = []
     skipped: list[tuple[Path, str]] = []
-    x = torch.empty(0)
+    x = torch.empty(0, dtype=torch.uint8, device="cpu")
     for file in files:
         try:
             image = _read_image(file, size, channels)
@@ -179,7 +179,7 @@ def image_folder(
                 on_skip(*skipped[-1])
             continue
         if not kept:
-            x = torch.empty(len(files), *image.shape, dtype=torch.uint8)
+            x = torch.empty(len(files), *image.shape, dtype=torch.uint8, device="cpu")
         elif image.shape != x.shape[1:]:
             (h0, w0), (h1, w1) = x.shape[2:], image.shape[1:]
             raise ValueError(
@@ -196,7 +196,7 @@ def image_folder(
     if any(len(p) < 2 for p in parts):
         return Dataset(x[: len(kept)])
     classes = {name: i for i, name in enumerate(sorted({p[0] for p in parts}))}
-    labels = torch.tensor([classes[p[0]] for p in parts])
+    labels = torch.tensor([classes[p[0]] for p in parts], device="cpu")
     return Dataset(x[: len(kept)], labels, len(classes))
 
 

@@ -50,7 +50,7 @@ def noise(
     validation.check_noise(key, stream, first_sample, key.device)
     if dtype != torch.float64 and door(key.tensor) is Door.KERNEL:
         nothing = torch.zeros(tuple(shape), dtype=torch.uint8, device=key.device)
-        zero = torch.zeros(shape[0], device=key.device)
+        zero = torch.zeros(shape[0], dtype=torch.float32, device=key.device)
         out: Tensor = torch.ops.fastcm.noising(
             nothing, zero, zero + 1.0, key.tensor, stream, first_sample, dtype
         )

@@ -207,7 +207,10 @@ def append_weight(cond: Tensor | None, weight: float | Tensor, n: int | None = N
         raise ValueError("append_weight needs cond or n, got neither")
     if cond is not None and cond.dim() not in (1, 2):
         raise ValueError(f"cond must be [B] or [B, C], got shape {list(cond.shape)}")
-    columns = torch.empty(n or 0, 0) if cond is None else cond.reshape(len(cond), -1).float()
+    if cond is None:
+        columns = torch.empty(n or 0, 0, dtype=torch.float32)
+    else:
+        columns = cond.reshape(len(cond), -1).float()
     w = torch.as_tensor(weight, dtype=torch.float32, device=columns.device)
     return torch.cat([columns, w.expand(len(columns))[:, None]], dim=1)
 

@@ -196,7 +196,7 @@ class Sampler:
         shape = self._checked(n, seed, first_sample, cond)
         n = shape[0]
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
-        out = torch.empty(shape, device=self.device)
+        out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
             key = NoiseKey(seed, first_sample=first_sample + start)
             rows = None if cond is None else padded(cond[start:end].to(self.device), size)

@@ -120,7 +120,7 @@ class Gradients:
         count, ragged = divmod(len(x0), self.accumulate)
         if ragged:
             raise ValueError(f"{len(x0)} samples do not make {self.accumulate} equal micro-batches")
-        total = torch.zeros((), device=x0.device)
+        total = torch.zeros((), dtype=torch.float64, device=x0.device)
         at = key.tensor.clone()
         for rows in range(0, len(x0), count):
             part = None if cond is None else cond[rows : rows + count]
@@ -129,7 +129,7 @@ class Gradients:
             total += value.detach()
             at = at.clone()  # the noise of row i is that of row i of the whole batch
             at[2] += count
-        return total
+        return total.to(value.dtype)
 
     def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Tensor:
         bf16 = self.precision == "bf16"

@@ -89,7 +89,7 @@ class Stock:
         self._net = net
         self._optimizer = optimizer
         device = next(net.parameters()).device
-        self._norm = torch.full((), math.nan, device=device)
+        self._norm = torch.full((), math.nan, dtype=torch.float32, device=device)
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
 
     @property
