@@ -129,7 +129,7 @@ def test_a_step_never_waits_for_the_device(method: str, graph: str) -> None:
 
 
 def weights(t: fastcm.Trainer) -> list[Tensor]:
-    nets = [t.net, *t.networks]
+    nets = [t.net, *t.update.networks]
     return [p.detach().clone() for net in nets for p in net.parameters()]
 
 

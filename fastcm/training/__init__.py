@@ -1,4 +1,12 @@
-"""The training step and the loop around it."""
+"""From data to weights: the step, and the loop around it.
+
+`trainer` is the loop. `step` draws a batch, `gradients` evaluates the objective, `update` applies
+the result, and all of it may be one CUDA graph. `settings` is what a run was asked to do, `state`
+what changes from step to step, and these two are all that the rest knows: `checkpoint` and
+`configuration` turn them into what is saved, `saving` and `writer` save beside the training,
+`logging` and `finite` read numbers late, `interrupt` turns a signal into an orderly end. Imports
+everything below, but neither sampling nor evaluation.
+"""
 
 from fastcm.training.finite import NonFiniteError as NonFiniteError
 from fastcm.training.gradients import Gradients as Gradients

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fastcm.data import DeviceData
 from fastcm.objectives.base import Objective
 
 
-def check_teacher(teacher: nn.Module, net: nn.Module) -> None:
-    """A teacher that shares parameters with the student would be trained along."""
+def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where a network is to be trained: `device`, or where it is."""
+    parameter = next(net.parameters(), None)
+    if parameter is None:
+        raise ValueError("net has no parameters to train")
+    return parameter.device if device is None else torch.device(device)
+
+
+def trainable(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient, of which there is one at least."""
+    found = [p for p in net.parameters() if p.requires_grad]
+    if not found:
+        raise ValueError(
+            "net has no parameter that requires a gradient (a trainer's average has none): "
+            "call net.requires_grad_(True) first"
+        )
+    return found
+
+
+def check_clipping(max_grad_norm: float | None) -> None:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+
+
+def check_teacher(objective: Objective, net: nn.Module, device: torch.device) -> None:
+    """A teacher goes where the student is; with shared parameters it would be trained along."""
+    teacher = getattr(objective, "teacher", None)
+    if not isinstance(teacher, nn.Module):
+        return
+    teacher.to(device)
     if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
         raise ValueError(
             "the teacher shares parameters with net, and would be trained along: "

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastcm.data import Source
 from fastcm.runs.description import describe
+from fastcm.training.lr import Schedule
+from fastcm.training.settings import Settings
+from fastcm.training.state import State
 
-if TYPE_CHECKING:
-    from fastcm.training.trainer import Trainer
 
-
-def configuration(trainer: Trainer) -> dict[str, Any]:
+def configuration(
+    settings: Settings, state: State, source: Source, lr_schedule: Schedule
+) -> dict[str, Any]:
     """A JSON-able description of everything that the numbers of a run depend on."""
+    net, gradients = state.net, state.gradients
     return {
-        "objective": describe(trainer.objective),
-        "network": trainer.metadata["network"] or type(trainer.net).__name__,
-        "averages": describe(trainer.averages),
-        "optimizer": type(trainer.optimizer).__name__,
+        "objective": describe(gradients.objective),
+        "network": getattr(net, "description", None) or type(net).__name__,
+        "averages": describe(state.update.averages),
+        "optimizer": type(state.optimizer).__name__,
         "param_groups": [
             {k: describe(v) for k, v in group.items() if k not in ("params", "lr")}
-            for group in trainer.optimizer.param_groups
+            for group in state.optimizer.param_groups
         ],
-        "lr": trainer.base_lr,
-        "lr_schedule": describe(trainer.lr_schedule),
-        "max_grad_norm": _number(trainer.update.max_grad_norm),
-        "batch_size": trainer.batch_size,
-        "seed": trainer.seed,
-        "precision": trainer.gradients.precision,
-        "accumulate": trainer.gradients.accumulate,
-        "data": trainer.source.describe(),
+        "lr": state.base_lr,
+        "lr_schedule": describe(lr_schedule),
+        "max_grad_norm": _number(state.update.max_grad_norm),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "precision": gradients.precision,
+        "accumulate": gradients.accumulate,
+        "data": source.describe(),
     }
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from fastcm.runs import checkpoint
 from fastcm.training.logging import Reading
-
-if TYPE_CHECKING:
-    from fastcm.training.trainer import Trainer
+from fastcm.training.state import State
 
 NON_FINITE_LIMIT = 20
 
@@ -23,17 +21,18 @@ class Watch:
     What fails is not saved, so that a checkpoint from before it stays.
 
     Args:
-        trainer: that fits.
+        state: of the training.
         steps: that it is to take.
+        run: whose last checkpoint the error names, or None.
     """
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self._trainer, self._steps = trainer, steps
+    def __init__(self, state: State, steps: int, run: Path | None) -> None:
+        self._state, self._steps, self._run = state, steps, run
         self._reading: Reading | None = None
 
     def in_passing(self) -> None:
         """Look at the counts of every 20th step once they have arrived; does not wait."""
-        if self._trainer.step % NON_FINITE_LIMIT == 0:
+        if self._state.step % NON_FINITE_LIMIT == 0:
             self._reading = self._read()
         if self._reading is not None and self._reading.arrived:
             reading, self._reading = self._reading, None
@@ -44,15 +43,14 @@ class Watch:
         return self._judge(self._read())
 
     def _read(self) -> Reading:
-        counts = {"in_a_row": self._trainer.update.counts[2]}
-        return Reading({"step": self._trainer.step}, counts)
+        counts = {"in_a_row": self._state.update.counts[2]}
+        return Reading({"step": self._state.step}, counts)
 
     def _judge(self, reading: Reading) -> bool:
         values = reading.values()
         step, in_a_row = values["step"], int(values["in_a_row"])
         if in_a_row >= NON_FINITE_LIMIT or 1 < self._steps <= in_a_row:
-            run = self._trainer.directory
-            saved = checkpoint.list_checkpoints(run) if run is not None else []
+            saved = [] if self._run is None else checkpoint.list_checkpoints(self._run)
             raise NonFiniteError(
                 f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
                 "those steps changed nothing"

@@ -80,6 +80,11 @@ class Gradients:
         self._warm = 0
         self._parameters = [p for p in net.parameters() if p.requires_grad]
 
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError unless a batch of this size can be cut into equal micro-batches."""
+        if size % self.accumulate:
+            raise ValueError(f"batch_size {size} is not a multiple of accumulate {self.accumulate}")
+
     @property
     def masks_are_shared(self) -> bool:
         """Whether the target is the student itself, and must drop the same activations."""

@@ -7,17 +7,15 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcm.runs.checkpoint import replace_file
 from fastcm.schedules import intervals
+from fastcm.training.state import State
 from fastcm.training.tensorboard import Scalars
-
-if TYPE_CHECKING:
-    from fastcm.training.trainer import Trainer
 
 
 class MetricsFile:
@@ -99,24 +97,23 @@ class Reading:
         return {**self._host, **read, **counts}
 
 
-def measure(trainer: Trainer, loss: Tensor, rate: Rate) -> Reading:
+def measure(state: State, loss: Tensor, it_s: float, batch_size: int) -> Reading:
     """Start to read the metrics of the step just taken, without waiting for the device."""
-    it_s = rate.read(trainer.step)
     host = {
-        "step": trainer.step,
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "step": state.step,
+        "lr": state.optimizer.param_groups[0]["lr"],
         "it_s": round(it_s, 3),
-        "img_s": round(it_s * trainer.batch_size, 1),
-        "memory_mb": round(peak_memory(trainer.device) / 2**20, 1),
+        "img_s": round(it_s * batch_size, 1),
+        "memory_mb": round(peak_memory(state.device) / 2**20, 1),
     }
-    last = trainer.key.step - 1
+    last, update = state.key.step - 1, state.update
     device = {
         "loss": loss,
-        "grad_norm": trainer.update.grad_norm,
-        "skipped": trainer.update.counts[1],
-        **{f"ema_{i}": average.decay(last) for i, average in enumerate(trainer.averages)},
+        "grad_norm": update.grad_norm,
+        "skipped": update.counts[1],
+        **{f"ema_{i}": average.decay(last) for i, average in enumerate(update.averages)},
     }
-    discretization = getattr(trainer.objective, "discretization", None)
+    discretization = getattr(state.gradients.objective, "discretization", None)
     if discretization is not None:
         n = intervals(discretization, last)
         device["intervals"] = torch.full_like(last, n) if isinstance(n, int) else n

@@ -1,34 +1,52 @@
-"""When and how a trainer saves: in the background while it trains, one process to a run."""
+"""When and how a run is saved: in the background while it trains, one process to a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fastcm.runs import checkpoint
 from fastcm.runs.files import clear
 from fastcm.runs.lock import RunLock
 from fastcm.training.checkpoint import contents
 from fastcm.training.logging import MetricsFile
+from fastcm.training.settings import Settings
+from fastcm.training.state import State
 from fastcm.training.writer import Writer
-
-if TYPE_CHECKING:
-    from fastcm.training.trainer import Trainer
 
 
 class Saving:
-    """The saving half of a trainer.
+    """Writes the checkpoints of a run.
+
+    Args:
+        settings: directory, and which checkpoints stay.
+        state: what is saved.
+        config: what must agree for the run to be resumed; asked when something is saved.
+        metadata: what a sampler must know of the network; read when something is saved.
+        saved: told of each checkpoint that has become complete on the disk.
+        log: receives an error that another one hides.
 
     Attributes:
-        resumed: whether the trainer was put at a checkpoint since the last fit.
+        resumed: whether the state was put at a checkpoint since the last fit.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        settings: Settings,
+        state: State,
+        *,
+        config: Callable[[], Mapping[str, Any]],
+        metadata: Mapping[str, Any],
+        saved: Callable[[Path], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self._settings, self._state = settings, state
+        self._config, self._metadata = config, metadata
+        self._saved, self._log = saved, log
         self._writer = Writer()
-        self._lock = None if trainer.directory is None else RunLock(trainer.directory)
+        self._lock = None if settings.directory is None else RunLock(settings.directory)
         self.resumed = False
 
     @contextmanager
@@ -53,7 +71,7 @@ class Saving:
             self._writer.release()
 
     def _prepare(self, metrics: MetricsFile) -> None:
-        run, step = self._trainer.directory, self._trainer.step
+        run, step = self._settings.directory, self._state.step
         if run is None:
             return
         found = checkpoint.list_checkpoints(run)
@@ -69,12 +87,6 @@ class Saving:
             metrics.drop_after(step)
         self.resumed = False
 
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of this step is wanted in passing."""
-        trainer = self._trainer
-        every = (trainer.save_every, trainer.keep_every)
-        return self._lock is not None and any(n and step % n == 0 for n in every)
-
     def begin(self) -> None:
         """Save to the run's directory, in the background, after any earlier write."""
         assert self._lock is not None
@@ -84,37 +96,38 @@ class Saving:
         """Save to a directory, and wait."""
         mine = self._lock is not None and run.resolve() == self._lock.run.resolve()
         self._start(self._lock if mine and self._lock is not None else RunLock(run))
-        self.settle()
-        assert self._trainer.saved is not None
-        return self._trainer.saved
+        path = self.settle()
+        assert path is not None
+        return path
 
     def _start(self, lock: RunLock) -> None:
         self.settle()
-        trainer = self._trainer
-        groups, state = contents(trainer)
-        self._writer.start(
-            lock, trainer.step, groups, state, keep=trainer.keep, keep_every=trainer.keep_every
-        )
+        groups, state = contents(self._state, self._config(), self._metadata)
+        keep = {"keep": self._settings.keep, "keep_every": self._settings.keep_every}
+        self._writer.start(lock, self._state.step, groups, state, **keep)
 
     def tell(self) -> None:
-        """Emit "save" if a checkpoint has become complete; does not wait."""
+        """Tell of a checkpoint that has become complete; does not wait."""
         if self._writer.succeeded:
             self.settle()
 
-    def settle(self) -> None:
-        """Wait for the write in progress, and emit "save".
+    def settle(self) -> Path | None:
+        """Wait for the write in progress, and tell of it.
+
+        Returns:
+            Its checkpoint, if there was one.
 
         Raises:
             OSError: the write failed.
         """
         path = self._writer.settle()
         if path is not None:
-            self._trainer.saved = path
-            self._trainer._emit("save")
+            self._saved(path)
+        return path
 
     def _settle_quietly(self) -> None:
         """As `settle` beneath another error, which is the one to raise."""
         try:
             self.settle()
         except Exception as error:
-            self._trainer.log(str(error))
+            self._log(str(error))

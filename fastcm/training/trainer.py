@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm.data import as_source
-from fastcm.ema import EMA, Average
+from fastcm.ema import Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.precision import Precision
 from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
 from fastcm.runs.description import describe
-from fastcm.training.checkpoint import read
-from fastcm.training.checks import check_classes, check_teacher
+from fastcm.training.checkpoint import restore
+from fastcm.training.checks import (
+    check_classes,
+    check_clipping,
+    check_teacher,
+    device_of,
+    trainable,
+)
 from fastcm.training.configuration import configuration
 from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
@@ -28,8 +34,10 @@ from fastcm.training.interrupt import StopSignals
 from fastcm.training.logging import MetricsFile, Rate, Reading, measure
 from fastcm.training.lr import Schedule, constant
 from fastcm.training.saving import Saving
+from fastcm.training.settings import Settings
+from fastcm.training.state import State
 from fastcm.training.step import Graph, Step
-from fastcm.training.update import update
+from fastcm.training.update import update, with_target
 
 Callback = Callable[["Trainer", str], None]
 
@@ -104,89 +112,54 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         log: Callable[[str], None] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("save_every", save_every, 0),
-            ("keep", keep, 1),
-            ("keep_every", keep_every, 0),
-            ("log_every", log_every, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
-        parameter = next(net.parameters(), None)
-        if parameter is None:
-            raise ValueError("net has no parameters to train")
-        self.device = parameter.device if device is None else torch.device(device)
-        self.net = net.to(self.device)
-        self.objective = objective
-        teacher = getattr(objective, "teacher", None)
-        if isinstance(teacher, nn.Module):
-            teacher.to(self.device)
-            check_teacher(teacher, net)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.source = as_source(data, seed=seed, device=self.device)
+        self.settings = Settings(
+            batch_size=batch_size,
+            seed=seed,
+            directory=None if directory is None else Path(directory),
+            save_every=save_every,
+            keep=keep,
+            keep_every=keep_every,
+            log_every=log_every,
+        )
+        device = device_of(net, device)
+        check_clipping(max_grad_norm)
+        self.net, self.objective = net.to(device), objective
+        check_teacher(objective, net, device)
+        self.source = as_source(data, seed=seed, device=device)
         check_classes(net, self.source, objective)
-        self.key = NoiseKey(seed, device=self.device)
-        self.directory = None if directory is None else Path(directory)
-        self.save_every, self.keep, self.log_every = save_every, keep, log_every
-        self.keep_every = keep_every
+        trained = trainable(net)
+        optimizer = optimizer or AdamW(trained, lr=1e-3, weight_decay=0.0)
+        self.lr_schedule = lr_schedule
+        self.callbacks = tuple(callbacks)
         self.interrupted: signal.Signals | None = None
         self.saved: Path | None = None
-        self._saving = Saving(self)
-        self.callbacks = tuple(callbacks)
-        self.step = 0
         self.metrics: dict[str, Any] = {}
-        self._parameters = [p for p in self.net.parameters() if p.requires_grad]
-        if not self._parameters:
-            raise ValueError(
-                "net has no parameter that requires a gradient (a trainer's average has none): "
-                "call net.requires_grad_(True) first"
-            )
-        if optimizer is None:
-            optimizer = AdamW(self._parameters, lr=1e-3, weight_decay=0.0)
-        self.optimizer = optimizer
-        self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.lr_schedule = lr_schedule
-        if averages is None:
-            averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
-        wanted: tuple[Average, ...] = tuple(averages)
-        target = objective.target_average
-        if target is not None and target not in wanted:
-            wanted = (*wanted, target)
-        self.update = update(self.net, optimizer, wanted, max_grad_norm)
-        self.averages, self.networks = self.update.averages, self.update.networks
-        target_net = None if target is None else self.networks[self.averages.index(target)]
         self._progress: Progress | None = None
         self._show, self._log_line = progress, log
-        self.gradients = Gradients(
-            self.net,
+        self.update = update(
+            net, optimizer, with_target(averages, optimizer, objective), max_grad_norm
+        )
+        gradients = Gradients(
+            net,
             objective,
-            target_net,
+            self.update.network_of(objective.target_average),
             precision=precision,
             compile=compile,
             accumulate=accumulate,
             log=self.log,
         )
-        if batch_size % accumulate:
-            raise ValueError(
-                f"batch_size {batch_size} is not a multiple of accumulate {accumulate}"
-            )
+        gradients.check_batch(batch_size)
+        self.state = State(net, optimizer, self.update, gradients, NoiseKey(seed, device=device))
         self.stepper = Step(
             self.source,
             batch_size,
-            self.gradients,
+            gradients,
             optimizer,
             self.update,
-            self.key,
+            self.state.key,
             graph=graph,
             log=self.log,
         )
-        self._metrics_file = MetricsFile(self.directory, tensorboard=tensorboard)
-        self._reading: Reading | None = None
-        self._config: dict[str, Any] | None = None
         null = getattr(objective, "null_condition", None)
         self.metadata: dict[str, Any] = {
             "network": getattr(net, "description", None),
@@ -194,10 +167,43 @@ class Trainer:
             "null_condition": null if isinstance(null, int) else None,
             "shape": None,
         }
+        self._config: dict[str, Any] | None = None
+        self._metrics_file = MetricsFile(self.directory, tensorboard=tensorboard)
+        self._reading: Reading | None = None
+        self._saving = Saving(
+            self.settings,
+            self.state,
+            config=self.config,
+            metadata=self.metadata,
+            saved=self._tell_saved,
+            log=self.log,
+        )
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken."""
+        return self.state.step
+
+    @property
+    def directory(self) -> Path | None:
+        return self.settings.directory
+
+    @property
+    def device(self) -> torch.device:
+        return self.state.device
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.state.optimizer
+
+    @property
+    def averages(self) -> tuple[Average, ...]:
+        """Of the weights, the objective's target average among them."""
+        return self.update.averages
 
     def ema_network(self, i: int = 0) -> nn.Module:
         """The network with the i-th average of the weights; live, updated in place."""
-        return self.networks[i]
+        return self.update.networks[i]
 
     def log(self, line: str) -> None:
         """One line of text for the person who watches."""
@@ -227,24 +233,26 @@ class Trainer:
         if steps == 0:
             return self
         self.net.train()
-        end, rate, watch = self.step + steps, Rate(), Watch(self, steps)
-        rate.read(self.step)
+        state, rate = self.state, Rate()
+        end, watch = state.step + steps, Watch(state, steps, self.directory)
+        rate.read(state.step)
         title = type(self.objective).__name__
         with (
             Progress(title, steps, show=self._show and self._log_line is None) as self._progress,
             StopSignals() as signals,
             self._saving.during_fit(self._metrics_file),
         ):
-            while self.step < end and self.interrupted is None:
-                loss = self.train_step(remaining=end - self.step)
+            while state.step < end and self.interrupted is None:
+                loss = self.train_step(remaining=end - state.step)
                 self.interrupted = signals.received  # read once a step: all below agree
-                last = self.step == end or self.interrupted is not None
+                last = state.step == end or self.interrupted is not None
                 self._progress.advance()
                 self._emit("step")
-                if self.step % self.log_every == 0 or last:
+                if state.step % self.settings.log_every == 0 or last:
                     self._report(wait=True)
-                    self._reading = measure(self, loss, rate)
-                save = self._saving.is_due(self.step) or (last and self.directory is not None)
+                    it_s = rate.read(state.step)
+                    self._reading = measure(state, loss, it_s, self.settings.batch_size)
+                save = self.settings.saves_at(state.step) or (last and self.directory is not None)
                 self._report(wait=save or last)  # a resumed run does not repeat these steps
                 if save or last:
                     save = watch.now() and save
@@ -270,11 +278,9 @@ class Trainer:
         """
         if not self.net.training:
             self.net.train()
-        factor = self.lr_schedule(self.step)
-        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
-            group["lr"] = lr * factor
+        self.state.scale_lr(self.lr_schedule(self.step))
         loss = self.stepper(self.step, remaining=remaining)
-        self.step += 1
+        self.state.step += 1
         if self.metadata["shape"] is None and self.stepper.shape is not None:
             self.metadata["shape"] = list(self.stepper.shape)
         return loss
@@ -292,6 +298,10 @@ class Trainer:
             )
         self._emit("log")
 
+    def _tell_saved(self, path: Path) -> None:
+        self.saved = path
+        self._emit("save")
+
     def _emit(self, event: str) -> None:
         for callback in self.callbacks:
             callback(self, event)
@@ -299,7 +309,7 @@ class Trainer:
     def config(self) -> dict[str, Any]:
         """What must agree for a run to be resumed."""
         if self._config is None:
-            self._config = configuration(self)
+            self._config = configuration(self.settings, self.state, self.source, self.lr_schedule)
         return self._config
 
     def save(self, directory: str | Path | None = None) -> Path:
@@ -324,7 +334,7 @@ class Trainer:
         """
         run = self._run("load", directory)
         self._saving.settle()
-        read(self, run)
+        restore(self.state, run, self.config())
         self._saving.resumed = True
         return self
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm import ema
-from fastcm.ema import Average
+from fastcm.ema import EMA, Average
+from fastcm.objectives.base import Objective
 from fastcm.optim.one_sweep import OneSweep
 
 
-class Update(Protocol):
+class Update(ABC):
     """Applies gradients, unless their norm is not finite.
 
     Attributes:
@@ -30,18 +31,25 @@ class Update(Protocol):
     max_grad_norm: float | None
 
     @property
+    @abstractmethod
     def grad_norm(self) -> Tensor:
         """Before clipping, a 0-d device tensor; the next step overwrites it."""
 
     @property
+    @abstractmethod
     def counts(self) -> Tensor:
         """int64 ``[3]`` on the device: steps attempted, skipped, skipped in a row."""
 
+    @abstractmethod
     def step(self) -> None:
         """One update of parameters and averages."""
 
+    def network_of(self, average: Average | None) -> nn.Module | None:
+        """The network with this average of the weights; None for none."""
+        return None if average is None else self.networks[self.averages.index(average)]
 
-class Sweep:
+
+class Sweep(Update):
     """By an optimizer of this package: one pass for everything."""
 
     def __init__(
@@ -56,7 +64,7 @@ class Sweep:
                 optimizer.add_ema(average)
         if optimizer.max_grad_norm is None:
             optimizer.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
-        self.max_grad_norm: float | None = optimizer.max_grad_norm
+        self.max_grad_norm = optimizer.max_grad_norm
         self.averages = optimizer.averages
         self.networks = [optimizer.ema_module(i, net) for i in range(len(self.averages))]
         self._optimizer = optimizer
@@ -73,7 +81,7 @@ class Sweep:
         self._optimizer.step()
 
 
-class Stock:
+class Stock(Update):
     """By any other optimizer: clipping and averages around its step."""
 
     def __init__(
@@ -125,6 +133,16 @@ class Stock:
             self._optimizer.step()
         elif finite:  # others cannot: this waits for the device
             self._optimizer.step()
+
+
+def with_target(
+    averages: Sequence[Average] | None, optimizer: Optimizer, objective: Objective
+) -> tuple[Average, ...]:
+    """The averages asked for, else the optimizer's or a default; and that of the target."""
+    if averages is None:
+        averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
+    target = objective.target_average
+    return tuple(averages) if target is None or target in averages else (*averages, target)
 
 
 def update(

@@ -115,8 +115,10 @@ def test_shared_masks_are_not_compiled() -> None:
     objective = ConsistencyTraining(target_average=None)
     with pytest.raises(ValueError, match="dropout masks, which compiled code does not keep"):
         trainer(objective, Recorder(dropout=0.5), compile=True)
-    assert trainer(objective, Recorder(dropout=0.5), compile="auto").gradients.compiled is False
-    assert trainer(objective, Recorder(), compile="auto").gradients.compiled is None
+    assert (
+        trainer(objective, Recorder(dropout=0.5), compile="auto").state.gradients.compiled is False
+    )
+    assert trainer(objective, Recorder(), compile="auto").state.gradients.compiled is None
 
 
 def test_the_student_as_target_gets_no_gradient_through_it() -> None:
@@ -199,9 +201,9 @@ def captured(method: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> li
 
 
 def state(t: Trainer) -> list[Tensor]:
-    nets = [t.net, *t.networks]
+    nets = [t.net, *t.update.networks]
     held = [p for net in nets for p in net.parameters()]
-    return [v.detach().clone() for v in [*held, t.key.tensor, t.update.counts]]
+    return [v.detach().clone() for v in [*held, t.state.key.tensor, t.update.counts]]
 
 
 @pytest.mark.parametrize("method", ["flow", "ct", "cd"])

@@ -273,7 +273,7 @@ def test_auto_compile_times_both_when_the_run_is_long(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Gradients, "_time", lambda self, compiled, *a: next(times))
     t = trainer(compile="auto", log=lines.append)
     x0 = DATA[:8]
-    assert t.gradients._choose(x0, None, t.key, remaining=1000) is True
+    assert t.state.gradients._choose(x0, None, t.state.key, remaining=1000) is True
     assert lines == ["compile: on, 500.0 ms compiled, 1000.0 ms eager"]
 
 

@@ -1,0 +1,40 @@
+"""What a run was asked to do, and what it refuses to begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a run that never change; see `Trainer` for what they mean.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+
+    batch_size: int = 256
+    seed: int = 0
+    directory: Path | None = None
+    save_every: int = 0
+    keep: int = 3
+    keep_every: int = 0
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1),
+            ("save_every", 0),
+            ("keep", 1),
+            ("keep_every", 0),
+            ("log_every", 1),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint of this step is wanted in passing."""
+        every = (self.save_every, self.keep_every)
+        return self.directory is not None and any(n and step % n == 0 for n in every)

@@ -1,0 +1,56 @@
+"""What a training changes from step to step: live objects, which a checkpoint restores in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastcm.rng import NoiseKey
+from fastcm.training.gradients import Gradients
+from fastcm.training.update import Update
+
+
+@dataclass
+class State:
+    """A training at some step.
+
+    Args:
+        net: the student.
+        optimizer: over its parameters.
+        update: what applies gradients; holds the averages' networks and the counts.
+        gradients: what computes them; holds whether they are compiled.
+        key: where the noise stands.
+        step: how many were taken.
+
+    Attributes:
+        base_lr: the learning rates that a schedule scales.
+    """
+
+    net: nn.Module
+    optimizer: Optimizer
+    update: Update
+    gradients: Gradients
+    key: NoiseKey
+    step: int = 0
+    base_lr: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def device(self) -> torch.device:
+        return self.key.device
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network with weights of its own, by its name in a checkpoint."""
+        averages = {f"average_{i}": net for i, net in enumerate(self.update.networks)}
+        return {"model": self.net, **averages}
+
+    def scale_lr(self, factor: float) -> None:
+        """Set the learning rates to `factor` times their base."""
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+            group["lr"] = lr * factor
