@@ -12,7 +12,7 @@ which makes the noise independent of device, block size, batch split and world s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -166,10 +166,6 @@ def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) ->
     """One number per sample in the open interval (0, 1), float64 ``[count]``."""
     word = words(count, key, stream=stream, first_sample=first_sample)[:, 0]
     return (word.double() + 0.5) * 2.0**-32
-
-
-Uniforms = Callable[[int, int, Tensor, int, int], tuple[Tensor, Tensor]]
-"""``uniforms(samples, quads, state, stream, first_sample)``: see `to_unit`."""
 
 
 def uniforms(

@@ -93,6 +93,7 @@ def evaluate(total, c, METRIC: tl.constexpr):
             norm = tl.sqrt_rn(total)
             value = norm
         else:
+            c = tl.cast(c, tl.float32)  # an argument of compiled code is float64
             norm = tl.sqrt_rn(total + c * c)
             # sqrt(total + c^2) - c without its cancellation near zero
             value = total / (norm + c)
@@ -116,7 +117,7 @@ def loss_kernel(
     x_ptr, x_alpha_ptr, x_sigma_ptr, x_key_ptr, x_stream, x_first_sample,
     y_ptr, y_alpha_ptr, y_sigma_ptr, y_key_ptr, y_stream, y_first_sample,
     target_F_ptr, target_a_ptr, target_b_ptr,
-    weight_ptr, loss_ptr, grad_ptr, c, D,
+    weight_ptr, loss_ptr, grad_ptr, c, gradient_scale, D,
     X_NOISED: tl.constexpr, Y_NOISED: tl.constexpr, SAME_NOISE: tl.constexpr,
     MAPPED: tl.constexpr, WEIGHTED: tl.constexpr, METRIC: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr, FAST: tl.constexpr,
@@ -150,7 +151,7 @@ def loss_kernel(
         slope *= weight
     tl.store(loss_ptr + sample, value)
     # dloss / dF = slope b r: the residual is still in registers
-    slope *= tl.load(b_ptr + sample)
+    slope *= tl.load(b_ptr + sample) * tl.cast(gradient_scale, tl.float32)
     cols, mask = columns(0, D, BLOCK, VECTOR)
     store(grad_ptr, row + cols, differentiate(head, slope, METRIC), mask)
     if TAIL > 0:
@@ -191,7 +192,7 @@ def loss_finish_kernel(
     x_ptr, x_alpha_ptr, x_sigma_ptr, x_key_ptr, x_stream, x_first_sample,
     y_ptr, y_alpha_ptr, y_sigma_ptr, y_key_ptr, y_stream, y_first_sample,
     target_F_ptr, target_a_ptr, target_b_ptr,
-    weight_ptr, loss_ptr, grad_ptr, c, partial_ptr, D,
+    weight_ptr, loss_ptr, grad_ptr, c, gradient_scale, partial_ptr, D,
     X_NOISED: tl.constexpr, Y_NOISED: tl.constexpr, SAME_NOISE: tl.constexpr,
     MAPPED: tl.constexpr, WEIGHTED: tl.constexpr, METRIC: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -210,7 +211,7 @@ def loss_finish_kernel(
         slope *= weight
     if start == 0:
         tl.store(loss_ptr + sample, value)
-    slope *= tl.load(b_ptr + sample)
+    slope *= tl.load(b_ptr + sample) * tl.cast(gradient_scale, tl.float32)
     for step in range(STEPS):
         residual = load_residual(
             F_ptr, a_ptr, b_ptr,
@@ -244,6 +245,7 @@ def launch_consistency_loss(
     *,
     metric: int,
     c: float = 1.0,
+    gradient_scale: float = 1.0,
     scratch: Tensor | None = None,
     config: LaunchConfig | None = None,
     kernel: Kernel = loss_kernel,
@@ -261,9 +263,10 @@ def launch_consistency_loss(
         a, b, target_a, target_b, weight: float32 ``[B]``; target_a, target_b and target_F go
             together.
         loss: float32 ``[B]``.
-        grad: d loss_b / dF, not divided by B; any float dtype.
+        grad: gradient_scale d loss_b / dF; any float dtype.
         metric: SQUARED_L2, L2, L1 or PSEUDO_HUBER.
         c: > 0, of pseudo-Huber.
+        gradient_scale: 1 / B makes `grad` that of the mean.
         scratch: float32, `loss_scratch_size` elements; given, the loss takes two launches.
     """
     x, target = as_state(x), as_state(target)
@@ -287,7 +290,7 @@ def launch_consistency_loss(
         a if target_a is None else target_a,
         b if target_b is None else target_b,
     )  # fmt: skip
-    results = (a if weight is None else weight, loss, grad, c)
+    results = (a if weight is None else weight, loss, grad, c, gradient_scale)
     form = {
         "X_NOISED": x.noised,
         "Y_NOISED": target.noised,

@@ -17,12 +17,15 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-OPTIMIZER, NOISE = (Path(__file__).with_name(name) for name in ("adam_ema.cpp", "philox.cpp"))
+_HERE = Path(__file__).parent
+OPTIMIZER = ("adam_ema.cpp",)
+POINTWISE = ("noising.cpp", "affine.cpp", "consistency_loss.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _ISA = {
     "AVX2": ("-mavx2", "-mfma"),
@@ -42,9 +45,26 @@ class Table(ctypes.Structure):
     )
 
 
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Of the first element; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+class Refused(ValueError):
+    """A native function was given a tensor of another dtype or size than it can read."""
+
+
+def address(tensor: Tensor | None, dtype: torch.dtype, numel: int) -> ctypes.c_void_p:
+    """Of the first of `numel` elements; null for None.
+
+    Raises:
+        Refused: a tensor that native code would take for another.
+    """
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    right = tensor.dtype == dtype and tensor.numel() >= numel
+    if not (right and tensor.is_cpu and tensor.is_contiguous()):
+        raise Refused(
+            f"native code needs {numel} elements of {dtype} in a row on the CPU, got "
+            f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on "
+            f"{tensor.device}"
+        )
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 class Library:
@@ -63,46 +83,34 @@ def load(dtype: torch.dtype) -> Library | None:
     return None if library is None else Library(library, dtype)
 
 
-def has_uniforms() -> bool:
-    """Whether `uniforms` can be had; warns once where it cannot be compiled."""
-    return _library(NOISE) is not None
+@functools.cache
+def pointwise(name: str) -> Callable[[bytes], None] | None:
+    """A function of the pointwise kernels, or None, with one warning, where there is no compiler.
 
-
-def uniforms(samples: int, quads: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
-    """Uniforms for radii and angles, bit for bit those of `fastcm.rng.uniforms`.
-
-    Args:
-        samples, quads: B and Q.
-        key: int64 ``[3]`` on the CPU: seed, step, first sample.
-        stream: 0..255.
-        first_sample: added to the key's.
-
-    Returns:
-        float32 ``[2, B, Q, 2]``.
+    It takes the bytes of the structure that its .cpp declares as its arguments, checks dtypes and
+    sizes itself, and raises `Refused` before it touches memory.
     """
-    library = _library(NOISE)
-    assert library is not None
-    key = key.contiguous()
-    out = torch.empty(2, samples, quads, 2)
-    library.uniforms(
-        address(out),
-        ctypes.c_int64(samples),
-        ctypes.c_int64(quads),
-        address(key),
-        ctypes.c_int64(first_sample),
-        ctypes.c_int64(stream),
-        torch.get_num_threads(),
-    )
-    return out
+    library = _library(POINTWISE)
+    if library is None:
+        return None
+    function = getattr(library, name)
+    function.argtypes = (ctypes.c_char_p,)
+
+    def call(arguments: bytes) -> None:
+        error = function(arguments)
+        if error:
+            raise Refused(f"{name}: a tensor of the wrong {('dtype', 'size')[error - 1]}")
+
+    return call
 
 
 @functools.cache
-def _library(source: Path) -> ctypes.CDLL | None:
+def _library(sources: tuple[str, ...]) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_build(source)))
+        return ctypes.CDLL(str(_build(sources)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        what = "the optimizer" if source == OPTIMIZER else "noise"
+        what = "the optimizer" if sources == OPTIMIZER else "the arithmetic around the network"
         warnings.warn(
             f"{what} is computed by plain torch operations, which is slower: the C++ kernel could "
             f"not be compiled ({reason.strip()[:300]}). Install a C++ compiler such as g++, or "
@@ -112,25 +120,25 @@ def _library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _build(source: Path) -> Path:
+def _build(sources: tuple[str, ...]) -> Path:
     """The path of the library, compiled if it is not in the cache."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise OSError("no C++ compiler found")
     isa = _ISA.get(torch.backends.cpu.get_cpu_capability(), ())
+    text = b"".join(p.read_bytes() for p in sorted(_HERE.glob("*.h")))
+    text += b"".join((_HERE / name).read_bytes() for name in sources)
     for openmp in (("-fopenmp",), ()):  # Apple's compiler has none: one thread
         command = [compiler, *_FLAGS, *isa, *openmp]
-        name = hashlib.sha256(
-            source.read_bytes() + " ".join([*command, platform.machine()]).encode()
-        )
-        path = _cache() / f"{source.stem}-{name.hexdigest()[:20]}.so"
+        name = hashlib.sha256(text + " ".join([*command, platform.machine()]).encode())
+        path = _cache() / f"{Path(sources[0]).stem}-{name.hexdigest()[:20]}.so"
         if path.exists():
             return path
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
             try:
                 subprocess.run(
-                    [*command, str(source), "-o", str(built)],
+                    [*command, *(str(_HERE / name) for name in sources), "-o", str(built)],
                     check=True,
                     capture_output=True,
                     text=True,

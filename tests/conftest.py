@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 from recorded_graphs import recorded_graphs as recorded_graphs
 
 from fastcm.kernels import native
+from fastcm.ops import dispatch
 from fastcm.optim import backends, one_sweep
 
 
@@ -76,6 +77,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("there is no C++ compiler")
     monkeypatch.setattr(one_sweep, "choose", BACKENDS[request.param])
     return str(request.param)
+
+
+@pytest.fixture
+def no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators as where there is no C++ compiler."""
+    monkeypatch.setattr(dispatch, "_has_native", lambda: False)
 
 
 @pytest.fixture

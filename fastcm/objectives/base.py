@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.ema import Average
+from fastcm.losses import Metric
 from fastcm.networks.protocol import Network
-from fastcm.ops import Noised
+from fastcm.ops import Denoised, Noised
+from fastcm.ops.functions import consistency_loss_and_gradient
 from fastcm.ops.reference import lift
 from fastcm.parameterization import Parameterization
 from fastcm.precision import autocast
@@ -20,10 +22,42 @@ from fastcm.rng import NoiseKey
 
 
 class Loss(NamedTuple):
-    """Scalar mean, which is differentiated, and the ``[B]`` values of the samples."""
+    """Scalar mean, which is differentiated, and the ``[B]`` values of the samples.
+
+    Where the mean's derivative in the network's output was made along with it, `gradient` is that
+    and `output` what it belongs to: a backward pass may begin there.
+    """
 
     mean: Tensor
     per_sample: Tensor
+    output: Tensor | None = None
+    gradient: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        F: Tensor,
+        x_t: Tensor | Noised,
+        a: Tensor,
+        b: Tensor,
+        target: Tensor | Noised | Denoised,
+        *,
+        metric: Metric,
+        weight: Tensor,
+    ) -> Loss:
+        """The distance of a x_t + b F from a target; see `fastcm.ops.consistency_loss`."""
+        mean, values, gradient = consistency_loss_and_gradient(
+            F, x_t, a, b, target, metric=metric, weight=weight
+        )
+        return cls(mean, values, None if gradient is None else F, gradient)
+
+    def backward(self, share: float = 1.0) -> None:
+        """Add the gradients of `share` times the mean to the parameters behind it."""
+        if self.output is None or self.gradient is None:
+            torch.autograd.backward(self.mean if share == 1.0 else share * self.mean)
+        else:
+            start = self.gradient if share == 1.0 else share * self.gradient
+            torch.autograd.backward(self.output, start)
 
 
 @dataclass(frozen=True)

@@ -78,16 +78,14 @@ class ConsistencyDistillation:
             x_s, input_s = self._teacher_step(batch, t, s, x_t, input_t)
             F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
-        return Loss(
-            *ops.consistency_loss(
-                F_t,
-                x_t,
-                at_t.a,
-                at_t.b,
-                Denoised(x_s, F_s, at_s.a, at_s.b),
-                metric=self.metric,
-                weight=self.weight(t, s, p.path),
-            )
+        return Loss.of(
+            F_t,
+            x_t,
+            at_t.a,
+            at_t.b,
+            Denoised(x_s, F_s, at_s.a, at_s.b),
+            metric=self.metric,
+            weight=self.weight(t, s, p.path),
         )
 
     def _teacher_step(

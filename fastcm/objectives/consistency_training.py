@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastcm import ops, rng
+from fastcm import rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.networks.protocol import Network, check_output
@@ -58,16 +58,14 @@ class ConsistencyTraining:
         F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
         F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
         target = Denoised(x_s, F_s, at_s.a, at_s.b)
-        return Loss(
-            *ops.consistency_loss(
-                F_t,
-                x_t,
-                at_t.a,
-                at_t.b,
-                target,
-                metric=self.metric,
-                weight=self.weight(t, s, p.path),
-            )
+        return Loss.of(
+            F_t,
+            x_t,
+            at_t.a,
+            at_t.b,
+            target,
+            metric=self.metric,
+            weight=self.weight(t, s, p.path),
         )
 
 

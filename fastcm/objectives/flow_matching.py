@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcm import ops, rng
+from fastcm import rng
 from fastcm.losses import Metric, SquaredL2, Weight, uniform
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss
@@ -60,14 +60,12 @@ class FlowMatching:
         F = check_output("net", net(x, p.c_noise(t), batch.cond), x)
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         # the error of F itself: a = 0, b = 1
-        return Loss(
-            *ops.consistency_loss(
-                F,
-                x_t,
-                zero,
-                one,
-                target,
-                metric=self.metric,
-                weight=self.weight(t, torch.full_like(t, p.path.t_min), p.path),
-            )
+        return Loss.of(
+            F,
+            x_t,
+            zero,
+            one,
+            target,
+            metric=self.metric,
+            weight=self.weight(t, torch.full_like(t, p.path.t_min), p.path),
         )

@@ -6,6 +6,12 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as _C
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils import _python_dispatch
+
+from fastcm.kernels import native as native_code
 
 try:
     import fastcm.kernels.noising  # noqa: F401
@@ -21,26 +27,67 @@ class Door(Enum):
     """Where a public operator goes, once its arguments are valid."""
 
     KERNEL = "a Triton kernel, as a registered operator"
+    NATIVE = "native code"
     REFERENCE = "plain torch"
 
 
-def door(*operands: Tensor | None) -> Door:
-    """The way of these operands, which are on one device.
+def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = False) -> Door:
+    """The way of these operands, which are on one device. This is the rule, and there is no other.
 
-    On a GPU the kernel, but for float64 and where Triton lacks. Elsewhere plain torch: autograd
-    differentiates it, and under torch.compile Inductor fuses it with what surrounds it.
+    - On a GPU the kernel, a registered operator that autograd, torch.compile and torch.export know.
+    - On a CPU native code: always in eager code, and in compiled code where noise is made, which
+      it does more than twice as fast as Inductor. What else is compiled for a CPU is plain torch,
+      since Inductor fuses it with what surrounds it (benchmarks/test_ops.py has both).
+    - Else plain torch: in float64, without Triton or a C++ compiler, where autograd is to
+      differentiate, and where code is exported or traced.
+
+    Args:
+        operands: tensors; None does not count.
+        differentiable: whether plain torch is needed for a gradient of these operands; False where
+            the native code brings its own.
+        noisy: whether the operator makes noise.
 
     Raises:
         RuntimeError: an operand is mapped by vmap.
     """
-    present = [t for t in operands if t is not None]
-    traced = torch.compiler.is_compiling()
-    if not traced and any(torch._C._functorch.is_batchedtensor(t) for t in present):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and any(t is not None and _C.is_batchedtensor(t) for t in operands):
         raise RuntimeError(
             "the operators of fastcm cannot be mapped by vmap: their coefficients are per sample "
             "and their noise depends on the index of the sample; make the mapped dimension part "
             "of the batch"
         )
-    if HAS_KERNELS and all(t.is_cuda and t.dtype != torch.float64 for t in present):
+    kernels, native, tracked = HAS_KERNELS, True, differentiable and torch.is_grad_enabled()
+    for t in operands:
+        if t is not None:
+            kernels = kernels and t.is_cuda and t.dtype != torch.float64
+            native = (
+                native and t.is_cpu and t.dtype in _NATIVE and not (tracked and t.requires_grad)
+            )
+    if kernels:
         return Door.KERNEL
-    return Door.REFERENCE
+    if not native:
+        return Door.REFERENCE
+    if compiling:
+        native = noisy and not torch.compiler.is_exporting()
+    else:
+        native = not _is_traced(operands)
+    return Door.NATIVE if native and _has_native() else Door.REFERENCE
+
+
+_NATIVE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
+
+
+def _is_traced(operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether somebody looks over torch's shoulder, and would not see native code."""
+    return (
+        any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in operands)
+        or _C.peek_interpreter_stack() is not None
+        or _python_dispatch.is_in_torch_dispatch_mode()
+        or forward_ad._current_level >= 0
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_native() -> bool:
+    return native_code.pointwise("noise") is not None

@@ -14,11 +14,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fastcm.losses import Metric, PseudoHuber
+from fastcm.losses import Metric, PseudoHuber, SampleMetric
 from fastcm.ops import gradients as gradients  # registers them
-from fastcm.ops import reference, validation
+from fastcm.ops import native, reference, validation
 from fastcm.ops.dispatch import Door, door
-from fastcm.ops.normals import noising, uniforms
+from fastcm.ops.normals import noising
 from fastcm.ops.operands import flat, same_noise
 from fastcm.ops.reference import Denoised, Noised
 from fastcm.ops.registered import METRICS
@@ -42,7 +42,10 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
     validation.check_map("x", x, F, a, b)
-    if door(_data(x), F) is Door.REFERENCE:
+    way = door(_data(x), F)
+    if way is Door.NATIVE:
+        return native.boundary(x, F, a, b)
+    if way is Door.REFERENCE:
         return reference.boundary(x, F, a, b)
     out: Tensor = _fastcm.boundary(*flat(x), F, a, b)
     return out
@@ -118,7 +121,20 @@ def euler_step(
         validation.check_coefficient("input_scale", input_scale, like)
         if input_dtype is None:
             raise ValueError("input_scale needs input_dtype, the dtype of the scaled result")
-    if door(_data(x), v, v_uncond) is Door.REFERENCE:
+    way = door(_data(x), v, v_uncond)
+    if way is Door.NATIVE:
+        x_s, second = native.euler_step(
+            x,
+            v,
+            dt,
+            v_uncond=v_uncond,
+            guidance=guidance,
+            scale=scale,
+            input_scale=input_scale,
+            input_dtype=input_dtype,
+        )
+        return x_s if second is None else (x_s, second)
+    if way is Door.REFERENCE:
         x_s = reference.euler_step(x, v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale)
         if input_dtype is None:
             return x_s
@@ -162,21 +178,14 @@ def sampler_update(
     validation.check_coefficient("alpha", alpha, x)
     validation.check_coefficient("sigma", sigma, x)
     validation.check_noise(key, stream, first_sample, x.device)
-    if door(x, F) is Door.REFERENCE:
-        return reference.sampler_update(
-            x,
-            F,
-            a,
-            b,
-            alpha,
-            sigma,
-            key,
-            stream=stream,
-            first_sample=first_sample,
-            uniforms=uniforms,
+    way = door(x, F, noisy=True)
+    if way is Door.KERNEL:
+        out: Tensor = _fastcm.sampler_update(
+            x, F, a, b, alpha, sigma, key.tensor, stream, first_sample
         )
-    out: Tensor = _fastcm.sampler_update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
-    return out
+        return out
+    update = native.sampler_update if way is Door.NATIVE else reference.sampler_update
+    return update(x, F, a, b, alpha, sigma, key, stream=stream, first_sample=first_sample)
 
 
 def consistency_loss(
@@ -206,6 +215,26 @@ def consistency_loss(
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device; a metric
             that does not return ``[B]``.
     """
+    return consistency_loss_and_gradient(F, x_t, a, b, target, metric=metric, weight=weight)[:2]
+
+
+def consistency_loss_and_gradient(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    *,
+    metric: Metric = PseudoHuber(),
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `consistency_loss`, with what a backward pass can begin with.
+
+    Returns:
+        (mean, per_sample, gradient): d mean / d F in the dtype of F where the implementation makes
+        it along with the loss, else None. ``torch.autograd.backward(F, gradient)`` is then
+        ``mean.backward()`` without a pass over the gradient.
+    """
     validation.check_map("x_t", x_t, F, a, b)
     if isinstance(target, Denoised):
         validation.check_state("target.x", target.x, like=F)
@@ -222,16 +251,23 @@ def consistency_loss(
         )
     source = target.x if isinstance(target, Denoised) else target
     target_F = target.F if isinstance(target, Denoised) else None
-    if door(F, _data(x_t), _data(source), target_F) is Door.REFERENCE:
-        # autograd's own backward is cheaper than a gradient stored on the way
+    fused = metric if isinstance(metric, SampleMetric) and type(metric) in METRICS else None
+    way, gradient = door(F, _data(x_t), _data(source), target_F, differentiable=False), None
+    if way is Door.REFERENCE or (way is Door.NATIVE and fused is None):
         _, losses = reference.consistency_loss(F, x_t, a, b, target, metric=metric, weight=weight)
-    elif isinstance(metric, METRICS):
+    elif way is Door.NATIVE and fused is not None:
+        losses, gradient = native.consistency_loss_and_gradient(
+            F, x_t, a, b, target, metric=fused, weight=weight
+        )
+        if torch.is_grad_enabled() and F.requires_grad:
+            losses = native.differentiable(F, losses, gradient)
+    elif fused is not None:
         shared = isinstance(x_t, Noised) and isinstance(source, Noised) and same_noise(x_t, source)
         y, *noise_of_y = flat(source)
         target_map: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(target, Denoised):
             target_map = target.F.detach(), target.a, target.b
-        losses, _ = _fastcm.consistency_loss(
+        losses, gradient = _fastcm.consistency_loss(
             F,
             *flat(x_t),
             a,
@@ -240,8 +276,8 @@ def consistency_loss(
             *noise_of_y,
             *target_map,
             weight,
-            METRICS.index(type(metric)),
-            metric.scale(math.prod(F.shape[1:])) if isinstance(metric, PseudoHuber) else 1.0,
+            METRICS.index(type(fused)),
+            fused.scale(math.prod(F.shape[1:])) if isinstance(fused, PseudoHuber) else 1.0,
         )
     else:
         losses = metric(boundary(_detach(x_t), F, a.detach(), b.detach()), _value(target))
@@ -251,7 +287,7 @@ def consistency_loss(
         raise ValueError(
             f"metric must return one value per sample, [{F.shape[0]}], got {list(losses.shape)}"
         )
-    return losses.mean(), losses
+    return losses.mean(), losses, gradient
 
 
 def _data(x: Tensor | Noised) -> Tensor:

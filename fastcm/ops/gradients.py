@@ -85,8 +85,8 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _loss_backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (unit,) = ctx.saved_tensors
-    return _scale(unit, g, unit.dtype), *[None] * (ctx.count - 1)
+    (gradient,) = ctx.saved_tensors  # of the mean
+    return _scale(gradient, g * g.shape[0], gradient.dtype), *[None] * (ctx.count - 1)
 
 
 for _op, _setup, _backward in (

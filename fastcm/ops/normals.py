@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcm import rng
-from fastcm.kernels import native
-from fastcm.ops import reference, validation
+from fastcm.ops import native, reference, validation
 from fastcm.ops.dispatch import Door, door
 from fastcm.rng import NoiseKey
 
@@ -48,21 +47,16 @@ def noise(
     if device is not None:
         key = key.to(device)
     validation.check_noise(key, stream, first_sample, key.device)
-    if dtype != torch.float64 and door(key.tensor) is Door.KERNEL:
+    way = Door.REFERENCE if dtype == torch.float64 else door(key.tensor, noisy=True)
+    if way is Door.KERNEL:
         nothing = torch.zeros(tuple(shape), dtype=torch.uint8, device=key.device)
         zero = torch.zeros(shape[0], dtype=torch.float32, device=key.device)
         out: Tensor = torch.ops.fastcm.noising(
             nothing, zero, zero + 1.0, key.tensor, stream, first_sample, dtype
         )
         return out
-    return reference.noise(
-        shape,
-        key,
-        stream=stream,
-        first_sample=first_sample,
-        dtype=dtype,
-        uniforms=uniforms,
-    )
+    make = native.noise if way is Door.NATIVE else reference.noise
+    return make(shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
 
 
 def noising(
@@ -111,42 +105,22 @@ def noising(
         out_dtype = x0.dtype if x0.is_floating_point() else torch.float32
     if not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a float dtype, got {out_dtype}")
-    if out_dtype == torch.float64 or door(x0) is Door.REFERENCE:
-        single = alpha.dim() == 1
-        out = reference.noising(
-            x0,
-            alpha[None] if single else alpha,
-            sigma[None] if single else sigma,
-            key,
-            stream=stream,
-            first_sample=first_sample,
-            out_dtype=out_dtype,
-            uniforms=uniforms,
+    way = Door.REFERENCE if out_dtype == torch.float64 else door(x0, noisy=True)
+    single = alpha.dim() == 1
+    if way is Door.KERNEL:
+        op = torch.ops.fastcm.noising if single else torch.ops.fastcm.noising_pair
+        out: Tensor | tuple[Tensor, Tensor] = op(
+            x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype
         )
-        return out[0] if single else (out[0], out[1])
-    op = torch.ops.fastcm.noising if alpha.dim() == 1 else torch.ops.fastcm.noising_pair
-    made: Tensor | tuple[Tensor, Tensor] = op(
-        x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype
+        return out
+    make = native.noising if way is Door.NATIVE else reference.noising
+    made = make(
+        x0,
+        alpha[None] if single else alpha,
+        sigma[None] if single else sigma,
+        key,
+        stream=stream,
+        first_sample=first_sample,
+        out_dtype=out_dtype,
     )
-    return made
-
-
-_library = torch.library.Library("fastcm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "uniforms(int samples, int quads, Tensor key, int stream, int first_sample) -> Tensor"
-)
-_library.impl("uniforms", native.uniforms, "CPU")  # type: ignore[no-untyped-call]
-
-
-def uniforms(
-    samples: int, quads: int, state: Tensor, stream: int, first_sample: int = 0
-) -> tuple[Tensor, Tensor]:
-    """`fastcm.rng.uniforms`, in eager code on a CPU by the C++ kernel, which gives the same bits.
-
-    Code that is traced or compiled keeps the plain operations, which the compiler fuses.
-    """
-    traced = torch.compiler.is_compiling() or type(state) is not Tensor
-    if traced or state.device.type != "cpu" or not native.has_uniforms():
-        return rng.uniforms(samples, quads, state, stream, first_sample)
-    out: Tensor = torch.ops.fastcm.uniforms(samples, quads, state, stream, first_sample)
-    return out[0], out[1]
+    return made[0] if single else (made[0], made[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcm import rng
 from fastcm.losses import Metric, SampleMetric
-from fastcm.rng import NoiseKey, Uniforms
+from fastcm.rng import NoiseKey
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,13 @@ def noise(
     stream: int,
     first_sample: int = 0,
     dtype: torch.dtype = torch.float32,
-    uniforms: Uniforms = rng.uniforms,
 ) -> Tensor:
     """Standard normals ``[B, ...]`` of the bit contract."""
     samples, elements = shape[0], 1
     for size in shape[1:]:
         elements *= size
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    quad = uniforms(samples, (elements + 3) // 4, key.tensor, stream, first_sample)
+    quad = rng.uniforms(samples, (elements + 3) // 4, key.tensor, stream, first_sample)
     return rng.normals(quad, compute)[:, :elements].reshape(tuple(shape)).to(dtype)
 
 
@@ -88,7 +87,6 @@ def noising(
     stream: int,
     first_sample: int = 0,
     out_dtype: torch.dtype,
-    uniforms: Uniforms = rng.uniforms,
 ) -> tuple[Tensor, ...]:
     """alpha x0 + sigma z for each row of ``alpha, sigma [K, B]``, all with the same z."""
     dtype = torch.float64 if out_dtype == torch.float64 else compute_dtype(x0)
@@ -99,7 +97,6 @@ def noising(
         stream=stream,
         first_sample=first_sample,
         dtype=dtype,
-        uniforms=uniforms,
     )
     return tuple((lift(a, x0) * x0 + lift(s, x0) * z).to(out_dtype) for a, s in zip(alpha, sigma))
 
@@ -164,7 +161,6 @@ def sampler_update(
     *,
     stream: int,
     first_sample: int = 0,
-    uniforms: Uniforms = rng.uniforms,
 ) -> Tensor:
     """alpha (a x + b F) + sigma z."""
     f = boundary(x, F, a, b)
@@ -174,7 +170,6 @@ def sampler_update(
         stream=stream,
         first_sample=first_sample,
         dtype=f.dtype,
-        uniforms=uniforms,
     )
     return lift(alpha, f) * f + lift(sigma, f) * z
 
@@ -210,14 +205,14 @@ def consistency_loss_and_gradient(
     metric: SampleMetric,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ``[B]`` values of `consistency_loss` and d losses / d F in the dtype of F."""
+    """The ``[B]`` values of `consistency_loss`, and d mean / d F in the dtype of F."""
     dtype = compute_dtype(F)
     x, y = regenerate(x_t, dtype), regenerate(target, dtype)
     r = lift(a, x) * x + lift(b, x) * F.to(dtype) - y
     losses, slope = metric.value(r), lift(b, r) * metric.gradient(r)
     if weight is not None:
         losses, slope = losses * weight.to(dtype), lift(weight, r) * slope
-    return losses, slope.to(F.dtype)
+    return losses, (slope / max(F.shape[0], 1)).to(F.dtype)
 
 
 ROW = 8

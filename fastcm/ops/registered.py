@@ -213,7 +213,7 @@ def consistency_loss_op(
     metric: int,
     c: float,
 ) -> tuple[Tensor, Tensor]:
-    """``[B]`` losses and their unit gradients d losses / d F; y None: another version of x's x0."""
+    """``[B]`` losses and d mean / d F; y None: another version of x's x0."""
     if y is None:
         y, y_key, y_stream, y_first_sample = x, x_key, x_stream, x_first_sample
         shared = True
@@ -242,6 +242,7 @@ def consistency_loss_op(
         gradient,
         metric=metric,
         c=c,
+        gradient_scale=1.0 / max(B, 1),
         scratch=scratch,
         kernel=wrap_triton(loss_kernels.loss_kernel),
         partial_kernel=wrap_triton(loss_kernels.loss_partial_kernel),

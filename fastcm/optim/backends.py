@@ -103,44 +103,47 @@ class Native:
 
     def _table(self, tables: Tables) -> ctypes.Structure:
         n, count = tables.tensors.shape[1], tables.chunks.shape[1]
-        tensors, chunks = tables.tensors.data_ptr(), tables.chunks.data_ptr()
+        tensors = native.address(tables.tensors, torch.int64, tables.tensors.numel())
+        chunks = native.address(tables.chunks, torch.int32, 2 * count)
         return native.Table(tensors, n, chunks, count, CHUNK)
 
     def grad_norm(self, tables: Tables) -> None:
+        classes = tables.sums.numel()
         self._library.grad_norm(
             ctypes.byref(self._table(tables)),
-            native.address(tables.partial),
-            native.address(tables.bounds),
-            ctypes.c_int64(tables.sums.numel()),
-            native.address(tables.sums),
+            native.address(tables.partial, torch.float64, tables.chunks.shape[1]),
+            native.address(tables.bounds, torch.int64, classes + 1),
+            ctypes.c_int64(classes),
+            native.address(tables.sums, torch.float64, classes),
             torch.get_num_threads(),
         )
 
     def tick(self, tables: Tables, *, radam: bool, measured: bool) -> None:
+        layout, n, classes = tables.layout, tables.tensors.shape[1], tables.sums.numel()
         self._library.tick(
             ctypes.byref(self._table(tables)),
-            native.address(tables.hyper),
-            native.address(tables.limit),
-            native.address(tables.sums if measured else None),
-            ctypes.c_int64(tables.sums.numel()),
-            native.address(tables.layout.steps),
-            native.address(tables.rows),
-            native.address(tables.shared),
-            native.address(tables.norm),
-            native.address(tables.counts),
+            native.address(tables.hyper, torch.float64, tables.hyper.numel()),
+            native.address(tables.limit, torch.float64, 1),
+            native.address(tables.sums if measured else None, torch.float64, classes),
+            ctypes.c_int64(classes),
+            native.address(layout.steps, torch.float32, n),
+            native.address(tables.rows, layout.dtype, 8 * n),
+            native.address(tables.shared, layout.dtype, 2 + len(layout.averages)),
+            native.address(tables.norm, layout.dtype, 1),
+            native.address(tables.counts, torch.int64, 3),
             ctypes.c_bool(radam),
         )
 
     def sweep(self, tables: Tables) -> None:
-        layout = tables.layout
+        layout, count = tables.layout, len(tables.layout.averages)
         self._library.sweep(
             ctypes.byref(self._table(tables)),
-            native.address(layout.moments),
+            native.address(layout.moments, layout.dtype, 2 * layout.total),
             ctypes.c_int64(layout.total),
-            native.address(tables.averages),
-            len(layout.averages),
-            native.address(tables.rows),
-            native.address(tables.shared),
+            native.address(tables.averages, torch.int64, count),
+            count,
+            native.address(tables.rows, layout.dtype, 8 * tables.tensors.shape[1]),
+            native.address(tables.shared, layout.dtype, 2 + count),
             torch.get_num_threads(),
         )
 

@@ -129,7 +129,7 @@ class Layout:
         copies = 0 if shadow_dtype is None else 1 + len(chosen)
         self.shadows = [flat(dtype=shadow_dtype or self.dtype) for _ in range(copies)]
         self.shadow_sources = [-1, *chosen][:copies]
-        self.steps = torch.zeros(len(self.slots), device=self.device)
+        self.steps = torch.zeros(len(self.slots), dtype=torch.float32, device=self.device)
         self._parameters = [slot.parameter for slot in self.slots]
         self._sizes = Counter(slot.group for slot in self.slots)
         self._by_id = {id(slot.parameter): slot for slot in self.slots}

@@ -71,7 +71,9 @@ class Tables:
         self.averages = torch.tensor([f.data_ptr() for f in layout.averages], device=device).long()
         self.shadows = torch.tensor([f.data_ptr() for f in layout.shadows], device=device).long()
         columns = [(0, 0, slot.offset, slot.numel, slot.group) for slot in layout.slots]
-        self.tensors = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
+        self.tensors = (
+            torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous().to(device)
+        )
         self.segments: list[Segment] = []
         self._direct = frozenset(direct)
         self._sharded = any(sharding.is_dtensor(slot.parameter) for slot in layout.slots)
@@ -234,7 +236,9 @@ class Tables:
         for i in range(1, len(bounds)):
             bounds[i] = max(bounds[i], bounds[i - 1])
         device = self.layout.device
-        table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 2).t().contiguous()
+        table = (
+            torch.tensor(chunks, dtype=torch.int32, device="cpu").reshape(-1, 2).t().contiguous()
+        )
         self.chunks = table.to(device)
         self.bounds = torch.tensor(bounds, dtype=torch.int64, device=device)
         self.partial = torch.zeros(len(chunks), dtype=torch.float64, device=device)
@@ -249,7 +253,7 @@ class Tables:
 def send(target: Tensor, values: object) -> None:
     """Copy host numbers into a device tensor without waiting for it."""
     # fresh pinned memory each time: one buffer would be overwritten while a copy still reads it
-    source = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    source = torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=target.is_cuda)
     target.copy_(source, non_blocking=True)
 
 

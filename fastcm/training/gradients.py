@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastcm.networks.protocol import Network
-from fastcm.objectives.base import Batch, Objective
+from fastcm.objectives.base import Batch, Loss, Objective
 from fastcm.precision import Precision, autocast, check_precision
 from fastcm.rng import NoiseKey
 
@@ -76,7 +76,7 @@ class Gradients:
                 )
             compile = False
         self.compiled: bool | None = None if compile == "auto" else compile is True
-        self._compiled_loss: Callable[..., Tensor] = torch.compile(self._loss)
+        self._compiled_loss: Callable[..., Loss] = torch.compile(self._loss)
         self._warm = 0
         self._parameters = [p for p in net.parameters() if p.requires_grad]
 
@@ -116,12 +116,12 @@ class Gradients:
             return self._backward(self._compiled_loss, x0, cond, key)
 
     def _backward(
-        self, loss: Callable[..., Tensor], x0: Tensor, cond: Tensor | None, key: NoiseKey
+        self, loss: Callable[..., Loss], x0: Tensor, cond: Tensor | None, key: NoiseKey
     ) -> Tensor:
         if self.accumulate == 1:
             value = loss(x0, cond, key.tensor)
-            value.backward()  # type: ignore[no-untyped-call]
-            return value.detach()
+            value.backward()
+            return value.mean.detach()
         count, ragged = divmod(len(x0), self.accumulate)
         if ragged:
             raise ValueError(f"{len(x0)} samples do not make {self.accumulate} equal micro-batches")
@@ -129,14 +129,14 @@ class Gradients:
         at = key.tensor.clone()
         for rows in range(0, len(x0), count):
             part = None if cond is None else cond[rows : rows + count]
-            value = loss(x0[rows : rows + count], part, at) / self.accumulate
-            value.backward()  # type: ignore[no-untyped-call]
-            total += value.detach()
+            value = loss(x0[rows : rows + count], part, at)
+            value.backward(1 / self.accumulate)
+            total += value.mean.detach() / self.accumulate
             at = at.clone()  # the noise of row i is that of row i of the whole batch
             at[2] += count
-        return total.to(value.dtype)
+        return total.to(value.mean.dtype)
 
-    def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Tensor:
+    def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Loss:
         bf16 = self.precision == "bf16"
         batch = Batch(
             x0,
@@ -149,7 +149,11 @@ class Gradients:
         if bf16:
             net = autocast(net, x0.device.type)
             target_net = target_net and autocast(target_net, x0.device.type)
-        return self.objective.loss(net, batch, target_net).mean
+        loss = self.objective.loss(net, batch, target_net)
+        if loss.gradient is None:
+            return loss
+        # or compiled code would also differentiate the mean
+        return loss._replace(mean=loss.mean.detach(), per_sample=loss.per_sample.detach())
 
     def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
         with _undone(self.net, self._parameters, x0.device):

@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastcm import ops, rng
-from fastcm.kernels import native
 from fastcm.rng import NoiseKey
 
 MASK = 0xFFFFFFFF
@@ -276,48 +274,6 @@ def test_compiled_uniforms_and_words_are_the_eager_ones_bit_for_bit():
     compiled = torch.compile(draw, fullgraph=True)
     wrong = [key for key in keys if not all(map(torch.equal, compiled(key), draw(key)))]
     assert not wrong, f"{len(wrong)} of {len(keys)} keys, the first: {wrong[0]}"
-
-
-@pytest.mark.parametrize(
-    ("samples", "quads"), [(0, 3), (1, 1), (3, 5), (2, 513), (7, 700), (40, 2049)]
-)
-@pytest.mark.parametrize(
-    ("seed", "step", "first"), [(0, 0, 0), (2**62 + 1, 2**33 + 1, 2**32 - 2), (5, 7, 11)]
-)
-def test_uniforms_of_the_cpu_kernel_are_bit_for_bit_those_of_the_reference(
-    samples: int, quads: int, seed: int, step: int, first: int
-) -> None:
-    if not native.has_uniforms():
-        pytest.skip("there is no C++ compiler")
-    key = NoiseKey(seed, step, first).tensor
-    for stream, more in ((0, 0), (255, 4)):
-        found = native.uniforms(samples, quads, key, stream, more)
-        for one, other in zip(found, rng.uniforms(samples, quads, key, stream, more)):
-            assert torch.equal(one, other)
-
-
-def test_noise_without_a_compiler_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    key, shape = NoiseKey(3), (5, 3, 7)
-    fast = ops.noise(shape, key, stream=4)
-    monkeypatch.setattr(native, "has_uniforms", lambda: False)
-    assert torch.equal(ops.noise(shape, key, stream=4), fast)
-
-
-def test_compiled_noise_keeps_to_operations_that_fuse() -> None:
-    graphs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
-        graphs.append(graph.code)
-        return graph
-
-    key = NoiseKey(3).tensor
-
-    def work(key: Tensor) -> Tensor:
-        return ops.noise((4, 8), NoiseKey.wrap(key), stream=4)
-
-    found = torch.compile(work, backend=backend, fullgraph=True)(key)
-    assert "fastcm" not in graphs[0]
-    assert torch.equal(found, work(key))
 
 
 def test_a_key_that_is_a_view_is_read_as_it_is() -> None:

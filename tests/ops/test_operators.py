@@ -93,7 +93,7 @@ def test_a_whole_step_compiles_without_a_break(dynamic: bool) -> None:
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-def test_noising_and_the_sampler_update_export() -> None:
+def test_noising_and_the_sampler_update_export(no_native_code: None) -> None:
     class Both(torch.nn.Module):
         def forward(self, x: Tensor, a: Tensor, b: Tensor, key: Tensor) -> Tensor:
             k = fastcm.NoiseKey.wrap(key)
@@ -128,7 +128,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not triton.knobs.runtime.interpret:
         pytest.skip("needs the interpreter, which the presence of a GPU turns off")
 
-    def door(*tensors: Tensor | None) -> Door:
+    def door(*tensors: Tensor | None, **_: bool) -> Door:
         exact = any(t.dtype == torch.float64 for t in tensors if t is not None)
         return Door.REFERENCE if exact else Door.KERNEL
 

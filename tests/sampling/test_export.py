@@ -89,7 +89,7 @@ def test_a_program_draws_what_the_sampler_does(
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_program_has_the_bits_of_the_arithmetic_at_any_step() -> None:
+def test_a_program_has_the_bits_of_the_arithmetic_at_any_step(no_native_code: None) -> None:
     net, times = mlp(), [1.0, 0.6, 0.2]
     draw = export_sampler(Sampler(net, Linear(), times=times, shape=SHAPE), 5).module()
     for step in (0, 1, 2**33 + 1):

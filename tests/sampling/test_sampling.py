@@ -32,7 +32,7 @@ class Counting(nn.Module):
 
 
 @pytest.fixture
-def streams(monkeypatch):
+def streams(monkeypatch, no_native_code):
     """The stream of every noise draw."""
     drawn: list[int] = []
     original = reference.noise

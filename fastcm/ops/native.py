@@ -1,0 +1,308 @@
+"""The operators in native code on a CPU: what `registered` is on a GPU, without a dispatcher.
+
+Operands are valid and eager, in float32, bfloat16 or float16, data in closed form also in uint8;
+results are those of `reference`. Only the loss is differentiable, and comes with its gradient.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastcm.kernels import native
+from fastcm.losses import PseudoHuber, SampleMetric
+from fastcm.ops.operands import layout, restored, same_noise
+from fastcm.ops.reference import Denoised, Noised
+from fastcm.ops.registered import METRICS
+from fastcm.rng import NoiseKey
+
+_CODES = {
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+    torch.float64: 5,
+    torch.int64: 6,
+}
+_NOTHING = (0, 0, 0)
+
+
+def _call(name: str, like: Sequence[int], *arguments: float, form: str = "") -> None:
+    """Call a function with its structure: B, D and the threads, then the arguments."""
+    elements = 1
+    for size in like[1:]:
+        elements *= size
+    function = native.pointwise(name)
+    assert function is not None
+    threads = torch.get_num_threads()
+    form = form or f"{3 + len(arguments)}q"
+    function(struct.pack(form, like[0], elements, threads, *arguments))
+
+
+def _tensor(t: Tensor | None) -> tuple[int, int, int]:
+    """A contiguous tensor as the structures hold it."""
+    return _NOTHING if t is None else (t.data_ptr(), _CODES[t.dtype], t.numel())
+
+
+def _rows(c: Tensor | None) -> Tensor | None:
+    """Coefficients ``[B]`` that native code reads."""
+    if c is None:
+        return None
+    return (c if c.dtype in (torch.float32, torch.float64) else c.float()).contiguous()
+
+
+class _State:
+    """A tensor or closed form with what of it must live as long as the call."""
+
+    def __init__(self, x: Tensor | Noised) -> None:
+        self._held: tuple[Tensor | None, ...]
+        if isinstance(x, Noised):
+            key = x.key.tensor.contiguous()
+            self._held = (x.x0.contiguous(), _rows(x.alpha), _rows(x.sigma), key)
+            self._where = (x.stream, x.first_sample)
+        else:
+            self._held, self._where = (x.contiguous(), None, None, None), (0, 0)
+
+    def packed(self) -> tuple[int, ...]:
+        return (*(number for t in self._held for number in _tensor(t)), *self._where)
+
+
+def noise(
+    shape: Sequence[int], key: NoiseKey, *, stream: int, first_sample: int, dtype: torch.dtype
+) -> Tensor:
+    """Standard normals."""
+    make = torch.ops.fastcm.cpu_noise if torch.compiler.is_compiling() else _noise
+    out: Tensor = make(shape, key.tensor, stream, first_sample, dtype)
+    return out
+
+
+def _noise(
+    shape: Sequence[int], key: Tensor, stream: int, first_sample: int, dtype: torch.dtype
+) -> Tensor:
+    key, out = key.contiguous(), torch.empty(shape, dtype=dtype, device="cpu")
+    _call("noise", shape, *_tensor(key), stream, first_sample, *_tensor(out))
+    return out
+
+
+def noising(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int,
+    out_dtype: torch.dtype,
+) -> Sequence[Tensor]:
+    """alpha x0 + sigma z for each of one or two rows of ``alpha, sigma [K, B]``, with one z."""
+    make = torch.ops.fastcm.cpu_noising if torch.compiler.is_compiling() else _noising
+    out: Sequence[Tensor] = make(x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype)
+    return out
+
+
+def _noising(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    stream: int,
+    first_sample: int,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    state = _State(Noised(x0, alpha, sigma, NoiseKey.wrap(key), stream, first_sample))
+    out = [torch.empty(x0.shape, dtype=out_dtype, device="cpu") for _ in alpha]
+    second = out[1] if len(out) > 1 else None
+    _call("noising", x0.shape, *state.packed(), *_tensor(out[0]), *_tensor(second))
+    return out
+
+
+def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a x + b F."""
+    back = None
+    if isinstance(x, Tensor):
+        (x_, F_), back = layout(x, F)
+        assert x_ is not None and F_ is not None
+        x, F = x_, F_
+    F, a_, b_, state = F.contiguous(), _rows(a), _rows(b), _State(x)
+    out = torch.empty(F.shape, dtype=torch.float32, device="cpu")
+    operands = (*_tensor(F), *_tensor(a_), *_tensor(b_), *_tensor(out))
+    _call("boundary", F.shape, *state.packed(), *operands)
+    return restored(out, back)
+
+
+def scale(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """c g."""
+    (g_,), back = layout(g)
+    assert g_ is not None
+    c_, out = _rows(c), torch.empty(g_.shape, dtype=out_dtype, device="cpu")
+    _call("scale", g_.shape, *_tensor(g_), *_tensor(c_), *_tensor(out))
+    return restored(out, back)
+
+
+def euler_step(
+    x: Tensor | Noised,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    v_uncond: Tensor | None,
+    guidance: Tensor | None,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """scale x - dt (v_u + guidance (v - v_u)), and input_scale times that where a dtype asks."""
+    back = None
+    if isinstance(x, Tensor):
+        (x_, v_, v_uncond), back = layout(x, v, v_uncond)
+        assert x_ is not None and v_ is not None
+        x, v = x_, v_
+    v = v.contiguous()
+    v_uncond = None if v_uncond is None else v_uncond.contiguous()
+    state, rows = _State(x), [_rows(c) for c in (dt, guidance, scale, input_scale)]
+    out = torch.empty(v.shape, dtype=torch.float32, device="cpu")
+    second = None
+    if input_dtype is not None:
+        second = torch.empty(v.shape, dtype=input_dtype, device="cpu")
+    tensors = (v, rows[0], v_uncond, *rows[1:], out, second)
+    _call("euler_step", v.shape, *state.packed(), *(n for t in tensors for n in _tensor(t)))
+    return restored(out, back), None if second is None else restored(second, back)
+
+
+def sampler_update(
+    x: Tensor,
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: NoiseKey,
+    *,
+    stream: int,
+    first_sample: int,
+) -> Tensor:
+    """alpha (a x + b F) + sigma z."""
+    compiling = torch.compiler.is_compiling()
+    update = torch.ops.fastcm.cpu_sampler_update if compiling else _sampler_update
+    out: Tensor = update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
+    return out
+
+
+def _sampler_update(
+    x: Tensor,
+    F: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    stream: int,
+    first_sample: int,
+) -> Tensor:
+    tensors = [x.contiguous(), F.contiguous(), *(_rows(c) for c in (a, b, alpha, sigma))]
+    tensors.append(key.contiguous())
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    packed = [n for t in tensors for n in _tensor(t)]
+    _call("sampler_update", x.shape, *packed, stream, first_sample, *_tensor(out))
+    return out
+
+
+# What makes noise is an operator, too, which compiled code calls and does not look into.
+_library = torch.library.Library("fastcm", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _schema, _function, _fake in (
+    (
+        "cpu_noise(SymInt[] shape, Tensor key, int stream, int first_sample, ScalarType dtype)"
+        " -> Tensor",
+        _noise,
+        lambda shape, key, stream, first, dtype: key.new_empty(shape, dtype=dtype),
+    ),
+    (
+        "cpu_noising(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, int stream, "
+        "int first_sample, ScalarType out_dtype) -> Tensor[]",
+        _noising,
+        lambda x0, alpha, sigma, key, stream, first, dtype: [
+            x0.new_empty(x0.shape, dtype=dtype) for _ in range(alpha.shape[0])
+        ],
+    ),
+    (
+        "cpu_sampler_update(Tensor x, Tensor F, Tensor a, Tensor b, Tensor alpha, Tensor sigma, "
+        "Tensor key, int stream, int first_sample) -> Tensor",
+        _sampler_update,
+        lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
+    ),
+):
+    _library.define(_schema)  # type: ignore[no-untyped-call]
+    _name = _schema.partition("(")[0]
+    _library.impl(_name, _function, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fastcm::{_name}", _fake)
+
+
+_LOSS = f"{3 + 3 + 14 + 6 + 14 + 1 + 12 + 1}q2d6q"
+
+
+def consistency_loss_and_gradient(
+    F: Tensor,
+    x_t: Tensor | Noised,
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | Noised | Denoised,
+    *,
+    metric: SampleMetric,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``[B]`` values, and the derivative of their mean in F, in its dtype."""
+    y = target.x if isinstance(target, Denoised) else target
+    shared = isinstance(x_t, Noised) and isinstance(y, Noised) and same_noise(x_t, y)
+    mapped = (target.F, target.a, target.b) if isinstance(target, Denoised) else (None,) * 3
+    F, target_F = F.contiguous(), None if mapped[0] is None else mapped[0].contiguous()
+    x_state, y_state = _State(x_t), _State(y)
+    rows = [_rows(c) for c in (a, b, *mapped[1:], weight)]
+    values = torch.empty(F.shape[:1], dtype=torch.float32, device="cpu")
+    gradient = torch.empty(F.shape, dtype=F.dtype, device="cpu")
+    c = 1.0
+    if isinstance(metric, PseudoHuber):
+        c = metric.scale(F.shape[1:].numel())
+    _call(
+        "consistency_loss",
+        F.shape,
+        *_tensor(F),
+        *x_state.packed(),
+        *_tensor(rows[0]),
+        *_tensor(rows[1]),
+        *y_state.packed(),
+        int(shared),
+        *_tensor(target_F),
+        *(n for t in rows[2:] for n in _tensor(t)),
+        METRICS.index(type(metric)),
+        c,
+        1.0 / max(len(F), 1),
+        *_tensor(values),
+        *_tensor(gradient),
+        form=_LOSS,
+    )
+    return values, gradient
+
+
+class _Loss(torch.autograd.Function):
+    """Values whose gradient was made along with them."""
+
+    @staticmethod
+    def forward(ctx: Any, F: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return scale(gradient, g * len(g), gradient.dtype), None, None
+
+
+def differentiable(F: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+    """`values`, with `gradient` as the derivative of their mean in F."""
+    out: Tensor = _Loss.apply(F, values, gradient)  # type: ignore[no-untyped-call]
+    return out
