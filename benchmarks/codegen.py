@@ -119,6 +119,8 @@ def measure(task: tuple[str, str]) -> list[dict[str, Any]]:
     rows = []
     for item in launches:
         compiled = compile_launch(item, target)
+        if arch == "sm_90":
+            compile_launch(item.in_compiled_code(), target)  # raises where it cannot be
         code = (read_cuda if target.backend == "cuda" else read_hip)(compiled)
         constants = item.constants
         block = constants["BLOCK"] + constants.get("TAIL", 0)

@@ -7,7 +7,7 @@ launch configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ class Launch:
     num_warps: int
     widths: tuple[int, ...]
     """Bytes of each element that is read or written: of the sample tensors, or as told."""
+
+    def in_compiled_code(self) -> Launch:
+        """The same with the types that torch.compile gives to numbers: float64 and int64."""
+        wider = {"fp32": "fp64", "i32": "i64"}
+        signature = {name: wider.get(kind, kind) for name, kind in self.signature.items()}
+        return replace(self, signature=signature)
 
 
 @dataclass

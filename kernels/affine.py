@@ -117,7 +117,7 @@ def euler_kernel(
         store(scaled_ptr, row + cols, tl.load(out_scale_ptr + sample) * x_s, mask)
 
 
-@triton.jit(do_not_specialize=["stream", "first_sample"])
+@triton.jit(do_not_specialize=["noise_stream", "first_sample"])
 def sampler_update_kernel(
     x_ptr,
     F_ptr,
@@ -127,7 +127,7 @@ def sampler_update_kernel(
     sigma_ptr,
     key_ptr,
     out_ptr,
-    stream,
+    noise_stream,
     first_sample,
     D,
     BLOCK: tl.constexpr,
@@ -138,7 +138,7 @@ def sampler_update_kernel(
     cols, mask = columns(start, D, BLOCK, VECTOR)
     x = load_unit(x_ptr, row + cols, mask)
     F = load_unit(F_ptr, row + cols, mask)
-    z = normals(key_ptr, stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
+    z = normals(key_ptr, noise_stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
     f = affine(a_ptr, x, b_ptr, F, sample)
     store(out_ptr, row + cols, affine(alpha_ptr, f, sigma_ptr, z, sample), mask)
 
@@ -196,7 +196,7 @@ def launch_scale(
     kernel[launch.grid(B, D, config)](
         g,
         c,
-        c if c2 is None else c2,
+        g if c2 is None else c2,
         out,
         g if out2 is None else out2,
         D,
@@ -242,13 +242,13 @@ def launch_euler(
     kernel[launch.grid(B, D, config)](
         *x.arguments(),
         v,
-        v if v_uncond is None else v_uncond,
+        x.x if v_uncond is None else v_uncond,
         dt,
-        dt if guidance is None else guidance,
-        dt if scale is None else scale,
-        dt if out_scale is None else out_scale,
+        x.x if guidance is None else guidance,
+        x.x if scale is None else scale,
+        x.x if out_scale is None else out_scale,
         out,
-        v if scaled_out is None else scaled_out,
+        x.x if scaled_out is None else scaled_out,
         D,
         X_NOISED=x.noised,
         GUIDED=v_uncond is not None,

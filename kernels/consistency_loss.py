@@ -286,11 +286,11 @@ def launch_consistency_loss(
     config, fast = configure(config, make, D, F, x.x, target.x, target_F, grad)
     sources = (
         F, a, b, *x.arguments(), *target.arguments(),
-        F if target_F is None else target_F,
-        a if target_a is None else target_a,
-        b if target_b is None else target_b,
+        x.x if target_F is None else target_F,  # what is not read, by a tensor that exists:
+        x.x if target_a is None else target_a,  # compiled code would make an intermediate one
+        x.x if target_b is None else target_b,  # a second time
     )  # fmt: skip
-    results = (a if weight is None else weight, loss, grad, c, gradient_scale)
+    results = (x.x if weight is None else weight, loss, grad, c, gradient_scale)
     form = {
         "X_NOISED": x.noised,
         "Y_NOISED": target.noised,

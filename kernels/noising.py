@@ -131,14 +131,14 @@ def store(ptr, offsets, value, mask):
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["stream", "first_sample"])
+@triton.jit(do_not_specialize=["noise_stream", "first_sample"])
 def noising_kernel(
     x0_ptr,
     coeffs_ptr,
     key_ptr,
     out_ptr,
     out2_ptr,
-    stream,
+    noise_stream,
     first_sample,
     B,
     D,
@@ -150,7 +150,7 @@ def noising_kernel(
     sample, start, row = locate(tl.program_id(0), D, BLOCK)
     cols, mask = columns(start, D, BLOCK, VECTOR)
     x0 = load_unit(x0_ptr, row + cols, mask)
-    z = normals(key_ptr, stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
+    z = normals(key_ptr, noise_stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
     store(out_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
     if PAIR:
         coeffs_ptr += 2 * B

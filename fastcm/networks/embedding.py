@@ -72,16 +72,26 @@ class Conditioning(nn.Module):
                     )
             else:
                 table = self.classes.weight.float()
-                h = h + (table[-1] if cond is None else F.embedding(_labels(cond, t), table))
+                h = h + (table[-1] if cond is None else _looked_up(_labels(cond, t, table), table))
             return F.silu(h)
 
 
-def _labels(cond: Tensor, t: Tensor) -> Tensor:
+def _looked_up(labels: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table, by a product: the gradient of F.embedding adds in no fixed order."""
+    rows = torch.arange(len(table), device=labels.device)
+    return (labels[:, None] == rows).to(table.dtype) @ table
+
+
+def _labels(cond: Tensor, t: Tensor, table: Tensor) -> Tensor:
     if cond.dtype != torch.int64 or cond.shape != t.shape:
         raise ValueError(
             f"cond must be int64 labels of shape {tuple(t.shape)}, "
             f"got {cond.dtype} {tuple(cond.shape)}"
         )
+    if cond.is_cpu and not torch.compiler.is_compiling() and cond.numel():  # a GPU is not asked
+        low, high = int(cond.min()), int(cond.max())
+        if low < 0 or high >= len(table):
+            raise ValueError(f"cond must be labels in [0, {len(table)}), got {low} .. {high}")
     return cond
 
 

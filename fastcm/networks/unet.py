@@ -36,7 +36,8 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.num_heads, -1))
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        # fused attention reads heads whose channels lie side by side
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
         out: Tensor = h + self.proj(attended.reshape(h.shape))
         return out
@@ -80,7 +81,9 @@ class Block(nn.Module):
         if self.resample == "down":
             return F.avg_pool2d(h, 2)
         if self.resample == "up":
-            return F.interpolate(h, scale_factor=2.0, mode="nearest")
+            # nearest; the gradient of F.interpolate adds in no fixed order when it is compiled
+            B, C, H, W = h.shape
+            return h[:, :, :, None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W)
         return h
 
 

@@ -81,10 +81,14 @@ def _sampler_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.count = len(inputs)
 
 
-def _loss_backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _loss_backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return tuple([None] * ctx.count)
     (gradient,) = ctx.saved_tensors  # of the mean
     return _scale(gradient, g * g.shape[0], gradient.dtype), *[None] * (ctx.count - 1)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcm import networks
 from fastcm.networks import MLP, DiT, UNet
@@ -303,3 +304,44 @@ def test_mlp_learns_two_points() -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.05
+
+
+UNORDERED = ("embedding_dense_backward", "upsample_nearest", "index_put", "index_add", "scatter")
+"""Sums that a GPU, or compiled code on one, takes by atomics: in another order each time."""
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet", "dit"])
+def test_the_backward_pass_adds_in_a_fixed_order(name: str) -> None:
+    make, shape = TINY[name]
+    net, called = make(4), []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        out = net(torch.randn(2, *shape), torch.rand(2), torch.tensor([0, 4]))
+        out.square().sum().backward()
+    assert not [op for op in called if any(bad in op for bad in UNORDERED)]
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_attention_reads_channels_side_by_side(name: str, monkeypatch) -> None:
+    """Else a GPU takes the attention that stores the whole matrix."""
+    strides, attention = [], nn.functional.scaled_dot_product_attention
+
+    def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        strides.extend(t.stride(-1) for t in (q, k, v))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", seen)
+    make, shape = TINY[name]
+    make(None)(torch.randn(2, *shape), torch.rand(2))
+    assert strides and set(strides) == {1}
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_out_of_range_is_refused(label: int) -> None:
+    with pytest.raises(ValueError, match=r"labels in \[0, 5\), got"):
+        TINY["mlp"][0](4)(torch.randn(1, 1, 4, 4), torch.rand(1), torch.tensor([label]))

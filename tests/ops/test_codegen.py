@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -56,6 +57,27 @@ def test_every_kernel_compiles_for_every_target(rows):
     }
     targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert compiled == {(kernel, target) for kernel in kernels for target in targets}
+
+
+def test_no_parameter_has_a_name_that_the_launcher_of_compiled_code_takes():
+    """It is ``def launcher(<parameters>, stream)`` with grids before: a second `stream` is a
+    syntax error, and the compiled step would run eagerly."""
+    taken = {
+        "stream",
+        "grid",
+        "grid_0",
+        "grid_1",
+        "grid_2",
+        "function",
+        "runner",
+        "bin",
+        "launcher",
+    }
+    sources = [file.read_text() for file in (ROOT / "kernels").glob("*.py")]
+    for tree in map(ast.parse, sources):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert not {a.arg for a in node.args.args} & taken, node.name
 
 
 def test_nothing_spills_or_lives_in_local_memory(rows):
