@@ -118,6 +118,20 @@ def noising_case(*dtypes: torch.dtype, D: int = 3072, offset: int = 0) -> list[L
     return recorder.launches
 
 
+def noise_case(dtype: torch.dtype) -> list[Launch]:
+    recorder = Recorder(noising.noising_kernel)
+    key = torch.empty(3, dtype=torch.int64, device="meta")
+    noising.launch_noise(samples(dtype, 3072), key, stream=0, kernel=recorder)
+    return recorder.launches
+
+
+def uniform_case() -> list[Launch]:
+    recorder = Recorder(noising.uniform_kernel, ())
+    key, out = (torch.empty(n, dtype=t, device="meta") for n, t in ((3, I64), (B, FP64)))
+    noising.launch_uniform(out, key, stream=1, kernel=recorder)
+    return recorder.launches
+
+
 def boundary_case(x: Tensor | State, F: torch.dtype, out: torch.dtype) -> list[Launch]:
     recorder = Recorder(affine.boundary_kernel)
     affine.launch_boundary(
@@ -251,6 +265,9 @@ def cases() -> dict[str, list[Launch]]:
         (U8, FP32), (U8, BF16, BF16), (U8, FP32, BF16),
     ):  # fmt: skip
         rows[f"{name(dtypes[0])} -> {' '.join(map(name, dtypes[1:]))}"] = noising_case(*dtypes)
+    for dtype in (FP32, BF16):
+        rows[f"normals {name(dtype)}"] = noise_case(dtype)
+    rows["uniform"] = uniform_case()
     rows["fp32 -> fp32, D odd"] = noising_case(FP32, FP32, D=3073)
     rows["fp32 -> fp32, misaligned"] = noising_case(FP32, FP32, offset=1)
     rows["x fp32, F fp32 -> fp32"] = boundary_case(samples(FP32, 3072), FP32, FP32)

@@ -24,6 +24,22 @@ extern "C" int noise(const NoiseArguments* p) {
   return OK;
 }
 
+// out = one number of (0, 1) for each sample, of the first word of its first block
+extern "C" int uniform(const NoiseArguments* p) {
+  FASTCM_CHECK(check_key(p->key));
+  if (p->out.dtype != F64) return WRONG_DTYPE;
+  if (p->out.numel != p->B) return WRONG_SIZE;
+  const Noise noise(p->key, p->stream, p->first);
+  double* out = static_cast<double*>(p->out.data);
+  for (int64_t sample = 0; sample < p->B; sample += LANES) {
+    uint32_t words[LANES];
+    put(noise.block(all(0), count(noise.first + uint32_t(sample))).w[0], words);
+    for (int64_t k = 0; k < std::min<int64_t>(LANES, p->B - sample); ++k)
+      out[sample + k] = (double(words[k]) + 0.5) * 0x1p-32;
+  }
+  return OK;
+}
+
 struct NoisingArguments {
   int64_t B, D, threads;
   State state;  // alpha and sigma: [K, B]

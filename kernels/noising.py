@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastcm.kernels import launch
 from fastcm.kernels.launch import LaunchConfig, columns, locate
-from fastcm.kernels.philox import normals
+from fastcm.kernels.philox import load_counter, normals, philox
 
 Kernel = Any
 """A ``triton.jit`` function, or ``torch.library.wrap_triton`` of it."""
@@ -142,6 +142,7 @@ def noising_kernel(
     first_sample,
     B,
     D,
+    BARE: tl.constexpr,
     PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -149,12 +150,15 @@ def noising_kernel(
 ):
     sample, start, row = locate(tl.program_id(0), D, BLOCK)
     cols, mask = columns(start, D, BLOCK, VECTOR)
-    x0 = load_unit(x0_ptr, row + cols, mask)
     z = normals(key_ptr, noise_stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
-    store(out_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
-    if PAIR:
-        coeffs_ptr += 2 * B
-        store(out2_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
+    if BARE:
+        store(out_ptr, row + cols, z, mask)
+    else:
+        x0 = load_unit(x0_ptr, row + cols, mask)
+        store(out_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
+        if PAIR:
+            coeffs_ptr += 2 * B
+            store(out2_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
 
 
 def launch_noising(
@@ -200,9 +204,72 @@ def launch_noising(
         first_sample,
         B,
         D,
+        BARE=False,
         PAIR=out2 is not None,
         BLOCK=config.BLOCK,
         VECTOR=config.VECTOR,
         FAST=fast,
         num_warps=config.num_warps,
     )
+
+
+def launch_noise(
+    out: Tensor,
+    key: Tensor,
+    *,
+    stream: int,
+    first_sample: int = 0,
+    config: LaunchConfig | None = None,
+    kernel: Kernel = noising_kernel,
+) -> None:
+    """Standard normals into `out`; see `launch_noising`."""
+    B, D = launch.extent(out)
+    launch.check_key(key)
+    assert out.dtype != torch.float64
+    if B == 0 or D == 0:
+        return
+    config, fast = configure(config, launch.pointwise, D, out)
+    kernel[launch.grid(B, D, config)](
+        out,
+        key,
+        key,
+        out,
+        out,
+        stream,
+        first_sample,
+        B,
+        D,
+        BARE=True,
+        PAIR=False,
+        BLOCK=config.BLOCK,
+        VECTOR=config.VECTOR,
+        FAST=fast,
+        num_warps=config.num_warps,
+    )
+
+
+@triton.jit(do_not_specialize=["noise_stream", "first_sample"])
+def uniform_kernel(key_ptr, out_ptr, noise_stream, first_sample, B, BLOCK: tl.constexpr):
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c1, c2, c3, k0, k1 = load_counter(key_ptr, noise_stream, first_sample, sample)
+    word, _, _, _ = philox((sample * 0).to(tl.uint32), c1, c2, c3, k0, k1)
+    value = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    tl.store(out_ptr + sample, value, mask=sample < B)
+
+
+def launch_uniform(
+    out: Tensor,
+    key: Tensor,
+    *,
+    stream: int,
+    first_sample: int = 0,
+    kernel: Kernel = uniform_kernel,
+) -> None:
+    """One uniform number of each sample into `out`, float64 ``[B]``: `fastcm.rng.uniform`."""
+    launch.check_key(key)
+    assert out.dtype == torch.float64 and out.dim() == 1 and out.is_contiguous()
+    B, BLOCK = out.shape[0], 128
+    if B == 0:
+        return
+    grid = (-(-B // BLOCK),)
+    kernel[grid](key, out, stream, first_sample, B, BLOCK=BLOCK, num_warps=4)

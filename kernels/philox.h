@@ -100,23 +100,32 @@ struct Noise {
     first = uint32_t(k[2] + first_sample);
   }
 
+  // The four words of LANES blocks.
+  struct Block {
+    Words w[4];
+  };
+  Block block(Words w0, Words w1) const {
+    Words w2 = all(step), w3 = all(c3);
+    const Words m0 = all(0xD2511F53), m1 = all(0xCD9E8D57);
+    for (uint32_t r = 0; r < 10; ++r) {
+      const Words p0 = product(w0, m0), p1 = product(w2, m1);
+      w0 = mixed(high(p1), w1, all(k0 + r * 0x9E3779B9));
+      w2 = mixed(high(p0), w3, all(k1 + r * 0xBB67AE85));
+      w1 = p1;
+      w3 = p0;
+    }
+    return {{w0, w1, w2, w3}};
+  }
+
   // Normals of elements begin .. begin + n of a sample, begin a multiple of PIECE; z: PIECE floats.
   void normals(int64_t sample, int64_t begin, int64_t n, float* __restrict z) const {
     alignas(64) uint32_t words[4][PIECE / 4];
     alignas(64) float u[4][PIECE / 4];
     const uint32_t index = first + uint32_t(sample), q0 = uint32_t(begin / 4);
     const int quads = int((n + 4 * VECTOR - 1) / (4 * VECTOR) * VECTOR);
-    const Words m0 = all(0xD2511F53), m1 = all(0xCD9E8D57);
     for (int q = 0; q < quads; q += LANES) {
-      Words w0 = count(q0 + uint32_t(q)), w1 = all(index), w2 = all(step), w3 = all(c3);
-      for (uint32_t r = 0; r < 10; ++r) {
-        const Words p0 = product(w0, m0), p1 = product(w2, m1);
-        w0 = mixed(high(p1), w1, all(k0 + r * 0x9E3779B9));
-        w2 = mixed(high(p0), w3, all(k1 + r * 0xBB67AE85));
-        w1 = p1;
-        w3 = p0;
-      }
-      put(w0, words[0] + q), put(w1, words[1] + q), put(w2, words[2] + q), put(w3, words[3] + q);
+      const Block b = block(count(q0 + uint32_t(q)), all(index));
+      for (int k = 0; k < 4; ++k) put(b.w[k], words[k] + q);
     }
     for (int k = 0; k < 4; k += 2) {
 #pragma omp simd

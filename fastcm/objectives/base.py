@@ -80,7 +80,7 @@ class Batch:
 
     def uniform(self, stream: int) -> Tensor:
         """One uniform number per sample in (0, 1), float64 ``[B]``."""
-        return rng.uniform(
+        return ops.uniform(
             self.x0.shape[0], self.key, stream=stream, first_sample=self.first_sample
         )
 

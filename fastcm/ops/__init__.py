@@ -11,5 +11,6 @@ from fastcm.ops.functions import euler_step as euler_step
 from fastcm.ops.functions import sampler_update as sampler_update
 from fastcm.ops.normals import noise as noise
 from fastcm.ops.normals import noising as noising
+from fastcm.ops.normals import uniform as uniform
 from fastcm.ops.reference import Denoised as Denoised
 from fastcm.ops.reference import Noised as Noised

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcm import losses
+from fastcm import losses, rng
 from fastcm.ops import reference
 from fastcm.ops import registered as registered  # the operators exist
 from fastcm.ops.operands import closed
 from fastcm.ops.reference import Denoised
 from fastcm.ops.registered import METRICS
 from fastcm.rng import NoiseKey
+
+
+def _noise(
+    shape: Sequence[int], key: Tensor, stream: int, first_sample: int, dtype: torch.dtype
+) -> Tensor:
+    return reference.noise(
+        shape, NoiseKey.wrap(key), stream=stream, first_sample=first_sample, dtype=dtype
+    )
+
+
+def _uniform(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
+    return rng.uniform(count, NoiseKey.wrap(key), stream=stream, first_sample=first_sample)
 
 
 def _noising(
@@ -108,6 +120,8 @@ def _consistency_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
 _fastcm = torch.ops.fastcm
 
 REFERENCES: dict[Any, Callable[..., Any]] = {
+    _fastcm.noise.default: _noise,
+    _fastcm.uniform.default: _uniform,
     _fastcm.noising.default: _noising,
     _fastcm.noising_pair.default: _pair,
     _fastcm.boundary.default: _boundary,

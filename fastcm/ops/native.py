@@ -89,6 +89,19 @@ def _noise(
     return out
 
 
+def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int) -> Tensor:
+    """One number of (0, 1) for each sample, float64 ``[count]``."""
+    make = torch.ops.fastcm.cpu_uniform if torch.compiler.is_compiling() else _uniform
+    out: Tensor = make(count, key.tensor, stream, first_sample)
+    return out
+
+
+def _uniform(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
+    key, out = key.contiguous(), torch.empty(count, dtype=torch.float64, device="cpu")
+    _call("uniform", (count,), *_tensor(key), stream, first_sample, *_tensor(out))
+    return out
+
+
 def noising(
     x0: Tensor,
     alpha: Tensor,
@@ -219,6 +232,11 @@ for _schema, _function, _fake in (
         " -> Tensor",
         _noise,
         lambda shape, key, stream, first, dtype: key.new_empty(shape, dtype=dtype),
+    ),
+    (
+        "cpu_uniform(SymInt count, Tensor key, int stream, int first_sample) -> Tensor",
+        _uniform,
+        lambda count, key, stream, first: key.new_empty(count, dtype=torch.float64),
     ),
     (
         "cpu_noising(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, int stream, "

@@ -1,4 +1,4 @@
-"""The public operators that make noise: `noise` and `noising`."""
+"""The public operators that draw: `noise`, `noising` and `uniform`."""
 
 from __future__ import annotations
 
@@ -49,14 +49,34 @@ def noise(
     validation.check_noise(key, stream, first_sample, key.device)
     way = Door.REFERENCE if dtype == torch.float64 else door(key.tensor, noisy=True)
     if way is Door.KERNEL:
-        nothing = torch.zeros(tuple(shape), dtype=torch.uint8, device=key.device)
-        zero = torch.zeros(shape[0], dtype=torch.float32, device=key.device)
-        out: Tensor = torch.ops.fastcm.noising(
-            nothing, zero, zero + 1.0, key.tensor, stream, first_sample, dtype
-        )
+        out: Tensor = torch.ops.fastcm.noise(shape, key.tensor, stream, first_sample, dtype)
         return out
     make = native.noise if way is Door.NATIVE else reference.noise
     return make(shape, key, stream=stream, first_sample=first_sample, dtype=dtype)
+
+
+def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) -> Tensor:
+    """One number per sample in the open interval (0, 1), of which times are made.
+
+    Args:
+        count: how many samples, >= 0.
+        key, stream, first_sample: see `noise`.
+
+    Returns:
+        float64 ``[count]``; the same bits on every device.
+
+    Raises:
+        ValueError, TypeError: count < 0; stream or first_sample out of range.
+    """
+    if count < 0:
+        raise ValueError(f"count must be >= 0, got {count}")
+    validation.check_noise(key, stream, first_sample, key.device)
+    way = door(key.tensor, noisy=True)
+    if way is Door.KERNEL:
+        out: Tensor = torch.ops.fastcm.uniform(count, key.tensor, stream, first_sample)
+        return out
+    make = native.uniform if way is Door.NATIVE else rng.uniform
+    return make(count, key, stream=stream, first_sample=first_sample)
 
 
 def noising(

@@ -8,6 +8,7 @@ coefficients float32 or float64 ``[B]``. `fastcm.ops.gradients` makes them diffe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,26 @@ METRICS: tuple[type[losses.SampleMetric], ...] = (
     losses.PseudoHuber,
 )
 """Metrics with a kernel, at the index by which it knows them."""
+
+
+@triton_op("fastcm::noise", mutates_args={})
+def noise_op(
+    shape: Sequence[int], key: Tensor, stream: int, first_sample: int, dtype: torch.dtype
+) -> Tensor:
+    """z."""
+    out = torch.empty(shape, dtype=dtype, device=key.device)
+    kernel = wrap_triton(noising.noising_kernel)
+    noising.launch_noise(out, key, stream=stream, first_sample=first_sample, kernel=kernel)
+    return out
+
+
+@triton_op("fastcm::uniform", mutates_args={})
+def uniform_op(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
+    """One number of (0, 1) for each sample, float64 ``[count]``."""
+    out = torch.empty(count, dtype=torch.float64, device=key.device)
+    kernel = wrap_triton(noising.uniform_kernel)
+    noising.launch_uniform(out, key, stream=stream, first_sample=first_sample, kernel=kernel)
+    return out
 
 
 @triton_op("fastcm::noising", mutates_args={})

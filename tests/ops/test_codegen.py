@@ -43,6 +43,7 @@ def test_every_kernel_compiles_for_every_target(rows):
     compiled = {(row["kernel"], row["target"]) for row in rows}
     kernels = {
         "noising_kernel",
+        "uniform_kernel",
         "boundary_kernel",
         "scale_kernel",
         "euler_kernel",

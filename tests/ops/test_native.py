@@ -71,6 +71,14 @@ def test_noise_keeps_the_contract(shape: tuple[int, ...], dtype: torch.dtype) ->
             assert_close(found, z, plain, slack=NORMAL)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 513])
+def test_uniform_numbers_are_those_of_the_reference_bit_for_bit(count: int) -> None:
+    for key in (KEY, fastcm.NoiseKey(5, 7, 11)):
+        for stream, first in ((0, 0), (255, 4)):
+            found = ops.uniform(count, key, stream=stream, first_sample=first)
+            assert torch.equal(found, rng.uniform(count, key, stream=stream, first_sample=first))
+
+
 def test_extreme_words_make_extreme_normals() -> None:
     """Enough samples that radii near 0 and far out occur, and every quarter of the circle."""
     z = ops.noise((64, 2**16), fastcm.NoiseKey(1), stream=1)
@@ -339,7 +347,7 @@ def test_compiled_noise_is_the_eager_noise_bit_for_bit() -> None:
         k = fastcm.NoiseKey.wrap(key)
         pair = ops.noising(x, torch.stack([a, a]), torch.stack([a, 1 - a]), k)
         update = ops.sampler_update(x, x, a, a, a, a, k, stream=rng.SAMPLE)
-        return (*pair, update, ops.noise((3, 5), k, stream=4))
+        return (*pair, update, ops.noise((3, 5), k, stream=4), ops.uniform(5, k, stream=1))
 
     compiled = torch.compile(work, fullgraph=True)
     for key in (KEY.tensor, fastcm.NoiseKey(4, 2).tensor):
