@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import zlib
@@ -19,10 +20,13 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from operator_cases import OPERATORS
 from recorded_graphs import recorded_graphs as recorded_graphs
 
 from fastcm.kernels import native
-from fastcm.ops import dispatch
+from fastcm.objectives import base
+from fastcm.ops import dispatch, functions, normals, registered
+from fastcm.ops.dispatch import Door
 from fastcm.optim import backends, one_sweep
 
 
@@ -83,6 +87,26 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators as where there is no C++ compiler."""
     monkeypatch.setattr(dispatch, "_has_native", lambda: False)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Send CPU tensors to the kernels: what a GPU runs, through the interpreter."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs the interpreter, which the presence of a GPU turns off")
+
+    def door(*tensors: Tensor | None, **_: bool) -> Door:
+        exact = any(t.dtype == torch.float64 for t in tensors if t is not None)
+        return Door.REFERENCE if exact else Door.KERNEL
+
+    for module in (functions, normals, base):
+        monkeypatch.setattr(module, "door", door)
+    monkeypatch.setattr(registered, "wrap_triton", lambda kernel: kernel)
+    with contextlib.ExitStack() as stack:
+        for operator in OPERATORS:
+            stack.enter_context(operator.set_kernel_enabled("cpu", False))
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from fastcm.ema import Average
 from fastcm.losses import Metric
 from fastcm.networks.protocol import Network
 from fastcm.ops import Denoised, Noised
+from fastcm.ops.dispatch import Door, door
 from fastcm.ops.functions import consistency_loss_and_gradient
 from fastcm.ops.reference import lift
 from fastcm.parameterization import Parameterization
@@ -91,10 +92,10 @@ class Batch:
     def versions(self, *coefficients: tuple[Tensor, Tensor]) -> tuple[Tensor | Noised, ...]:
         """alpha x0 + sigma z for one or two (alpha, sigma), as operands of the loss.
 
-        In closed form on a GPU, where memory traffic is what costs; stored in float32 on a CPU,
-        where making the noise a second time is. Both have the same bits.
+        In closed form where a kernel regenerates them, since memory traffic is what costs there;
+        else stored in float32, since they are the network's inputs, too, where c_in is 1.
         """
-        if self.x0.device.type != "cpu":
+        if door(self.x0, noisy=True) is Door.KERNEL:
             return tuple(self.affine(alpha, sigma) for alpha, sigma in coefficients)
         return self._noising(coefficients, torch.float32)
 

@@ -3,20 +3,18 @@ kernel branch behind them, run on the CPU through the interpreter."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from operator_cases import KEY, NAMES, OPERATORS, F, cases, flat, operands
+from operator_cases import KEY, NAMES, F, cases, flat, operands
 from tolerances import assert_close, rounding_slack
 from torch import Tensor
 
 import fastcm
 from fastcm import losses, ops, rng
-from fastcm.ops import Denoised, Noised, functions, normals, reference, registered
-from fastcm.ops.dispatch import Door
+from fastcm.ops import Denoised, Noised, reference
 from fastcm.ops.operands import layout, restored
 
 
@@ -119,27 +117,6 @@ def test_vmap_is_refused_with_the_reason() -> None:
     ):
         with pytest.raises(RuntimeError, match="cannot be mapped by vmap"):
             torch.vmap(call)(x[None])
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Send CPU tensors to the kernels: what a GPU runs, through the interpreter."""
-    import triton
-
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("needs the interpreter, which the presence of a GPU turns off")
-
-    def door(*tensors: Tensor | None, **_: bool) -> Door:
-        exact = any(t.dtype == torch.float64 for t in tensors if t is not None)
-        return Door.REFERENCE if exact else Door.KERNEL
-
-    for module in (functions, normals):
-        monkeypatch.setattr(module, "door", door)
-    monkeypatch.setattr(registered, "wrap_triton", lambda kernel: kernel)
-    with contextlib.ExitStack() as stack:
-        for operator in OPERATORS:
-            stack.enter_context(operator.set_kernel_enabled("cpu", False))
-        yield
 
 
 @pytest.mark.parametrize("name", NAMES)
