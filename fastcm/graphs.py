@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -41,8 +42,20 @@ class Side:
     """A stream beside the current one, and a memory pool for the graphs captured on it."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool: Any = torch.cuda.graph_pool_handle()
+        self._graphs = 0
+
+    def take(self) -> None:
+        """A graph lives in the pool."""
+        self._graphs += 1
+
+    def give_back(self) -> None:
+        """A graph lives there no more. Without any, the allocator closes the pool: take another."""
+        self._graphs -= 1
+        if self._graphs == 0:
+            self.pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -66,6 +79,7 @@ class Graphed:
         moved: brings the device up to date before a replay and says whether memory that the graph
             reads has moved since the last time; then it is captured again.
         obstacle: asked before a capture: why there can be no graph, or None.
+        release: called before a graph is given back: let go of tensors that live in its memory.
         must: keep the graph even if it is slower, and raise if it cannot be captured.
         log: receives one line about the choice.
         name: of the work, in that line.
@@ -80,6 +94,7 @@ class Graphed:
         *,
         moved: Callable[[], bool] = never,
         obstacle: Callable[[], str | None] = no_obstacle,
+        release: Callable[[], None] = no_obstacle,
         must: bool,
         log: Callable[[str], None],
         name: str = "graph",
@@ -87,7 +102,8 @@ class Graphed:
         timed: int = 5,
     ) -> None:
         self._work, self._side = work, side
-        self._moved, self._obstacle = moved, obstacle
+        self._moved, self._obstacle, self._release = moved, obstacle, release
+        self._waits: str | None = None
         self._must, self._log, self._name = must, log, name
         self._warmup, self._timed = warmup, timed
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -102,8 +118,10 @@ class Graphed:
             return self._work()
         if self._calls < self._warmup + self._timed:
             self._calls += 1
-            if self._calls <= self._warmup:
+            if self._calls < self._warmup:
                 return self._work()
+            if self._calls == self._warmup:
+                return self._watched()
             result, seconds = self._clocked(self._work)
             self._launched = min(self._launched, seconds)
             return result
@@ -113,6 +131,14 @@ class Graphed:
             self._off = True
             return self._work()
         return self._replay()
+
+    def _watched(self) -> Tensor:
+        """The work; what in it waits for the device is an obstacle, found before a capture."""
+        with waits() as found:
+            result = self._work()
+        if found:
+            self._waits = f"the work waits for the device: {found[0]}"
+        return result
 
     def _clocked(self, call: Callable[[], Tensor]) -> tuple[Tensor, float]:
         self._side.stream.synchronize()
@@ -151,7 +177,7 @@ class Graphed:
 
     def _capture(self) -> bool:
         """Record the work without doing it."""
-        reason = self._obstacle()
+        reason = self._waits or self._obstacle()
         if reason is not None:
             if self._must:
                 raise ValueError(f"a CUDA graph is not possible: {reason}")
@@ -159,18 +185,37 @@ class Graphed:
             return False
         graph = torch.cuda.CUDAGraph()
         side = self._side
+        cause: Exception | None = None
         try:
-            # other threads, such as one that writes a checkpoint, may go on
-            with torch.cuda.graph(
-                graph, pool=side.pool, stream=side.stream, capture_error_mode="thread_local"
+            # no other capture on this device; other threads, such as one that writes a
+            # checkpoint, may go on
+            with (
+                device_lock(side.device),
+                torch.cuda.graph(
+                    graph, pool=side.pool, stream=side.stream, capture_error_mode="thread_local"
+                ),
             ):
-                self._result = self._work()
-        except Exception as error:  # work that synchronises, or allocates by other means
+                try:
+                    self._result = self._work()
+                except Exception as error:  # the end of a capture that failed raises another one
+                    cause = error
+                    raise
+        except Exception as error:
+            cause = cause or error
+            self._result = None
+            try:
+                _recover(side)
+            except RuntimeError:
+                raise RuntimeError(
+                    f"the capture of a CUDA graph failed and left the device unable to make "
+                    f"another: {type(cause).__name__}: {cause}. Start again with graph='off'"
+                ) from cause
             if self._must:
-                raise
-            self._log(f"{self._name}: off, it failed: {type(error).__name__}: {error!s:.200}")
+                raise cause from None
+            self._log(f"{self._name}: off, it failed: {type(cause).__name__}: {cause!s:.200}")
             return False
         self._graph = graph
+        side.take()
         self._moved()  # addresses are those of the capture now
         return True
 
@@ -178,8 +223,52 @@ class Graphed:
         """Give the graph back; the next call captures anew."""
         if self._graph is not None:
             self._side.stream.synchronize()
-            self._graph.reset()
-            self._graph = self._result = None
+            self._release()
+            graph, self._graph, self._result = self._graph, None, None
+            graph.reset()
+            self._side.give_back()
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """What waits for the device inside, as ``file:line``: torch warns of it when it is asked to."""
+    before = torch.cuda.get_sync_debug_mode()
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            found.append(f"{warning.filename}:{warning.lineno}")
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+def _recover(side: Side) -> None:
+    """After a capture that was cut off: allocator and generator still take it to go on.
+
+    Raises:
+        RuntimeError: nothing can be captured; random numbers may not work either.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with suppress(RuntimeError):  # it has ended
+            end(side.device.index or 0, side.pool)
+    side.pool = torch.cuda.graph_pool_handle()
+    # a capture of nothing leaves the generator as after one that succeeded
+    empty = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(
+        empty, pool=side.pool, stream=side.stream, capture_error_mode="thread_local"
+    ):
+        pass
+    empty.reset()
+    side.pool = torch.cuda.graph_pool_handle()
 
 
 class GraphCache:

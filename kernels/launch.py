@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,13 @@ MAX_CHUNKS = 512
 
 MAX_ELEMENTS = 2**30
 """Largest sample: its columns, rounded up to whole blocks, stay within 32 bits."""
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, the tensor's device is the current one, on which Triton launches."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
         ("graph_pool_handle", object),
         ("stream", lambda stream: nullcontext()),
         ("current_stream", _Stream),
+        ("get_sync_debug_mode", lambda: 0),
+        ("set_sync_debug_mode", lambda mode: None),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(graphs, "available", lambda device: True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,9 +30,11 @@ class Counter:
         return self.total.add_(1) * 1
 
 
-def graphed(launched: float, replayed: float, **options: Any) -> tuple[Graphed, Counter, list[str]]:
+def graphed(
+    launched: float, replayed: float, work: Counter | None = None, **options: Any
+) -> tuple[Graphed, Counter, list[str]]:
     """Work under a clock that shows these seconds for a call."""
-    work, lines = Counter(), []  # type: ignore[var-annotated]
+    work, lines = work or Counter(), []  # type: ignore[var-annotated]
     made = Graphed(
         work, Side(CPU), **{"must": False, "log": lines.append, "warmup": 2, "timed": 3, **options}
     )
@@ -88,19 +92,95 @@ def test_an_obstacle_keeps_work_out_of_a_graph(recorded_graphs: type[RecordedGra
             must()
 
 
-def test_a_failed_capture_leaves_the_work_eager(
-    recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def refuse(graph: object, **options: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-        yield
+class Breaking(Counter):
+    """Work that no graph can hold."""
 
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
-    call, work, lines = graphed(0.2, 0.1)
+    def __call__(self) -> Tensor:
+        if RecordedGraph.capturing:
+            raise RuntimeError("the cause")
+        return super().__call__()
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_failed_capture_leaves_the_device_as_it_was(
+    recovers: bool, recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[object] = []
+
+    @contextmanager
+    def graph(graph: object, pool: object, **options: Any) -> Any:
+        pools.append(pool)
+        if len(pools) == 1:  # the second is of nothing, for the generator
+            assert device_lock(CPU)._is_owned()  # type: ignore[attr-defined]
+            monkeypatch.setattr(RecordedGraph, "capturing", True)
+        elif not recovers:
+            raise RuntimeError("operation not permitted")
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error") from None
+        finally:
+            monkeypatch.setattr(RecordedGraph, "capturing", False)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    call, work, lines = graphed(0.2, 0.1, work=Breaking())
+    if not recovers:
+        with pytest.raises(RuntimeError, match=r"the cause. Start again with graph='off'"):
+            for _ in range(30):
+                call()
+        return
     for _ in range(30):
         call()
-    assert work.runs == 30 and "it failed: RuntimeError: operation not permitted" in lines[0]
+    assert work.runs == 30 and lines == ["graph: off, it failed: RuntimeError: the cause"]
+    assert len({id(pool) for pool in (*pools, call._side.pool)}) == 3
+
+
+def test_what_waits_for_the_device_is_found_before_a_capture(
+    recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    class Waiting(Counter):
+        def __call__(self) -> Tensor:
+            if modes and modes[-1] == "warn":
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+                warnings.warn("something else", stacklevel=1)
+            return super().__call__()
+
+    call, work, lines = graphed(0.2, 0.1, work=Waiting())
+    with pytest.warns(UserWarning, match="something else") as told:
+        for _ in range(30):
+            call()
+    assert work.runs == 30 and RecordedGraph.made == 0 and len(told) == 1
+    assert "waits for the device: " in lines[0] and "test_graphs.py:" in lines[0]
+    assert modes == ["warn", 0]  # as it was
+
+
+def test_memory_is_let_go_before_a_graph_and_a_pool_without_graphs_is_left(
+    recorded_graphs: type[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator closes a pool with its last graph, and takes no other capture into it."""
+    order: list[str] = []
+    monkeypatch.setattr(RecordedGraph, "reset", lambda self: order.append("reset"))
+    moved = iter([False] * 6 + [True] + [False] * 100)
+    release = partial(order.append, "release")
+    call, _, _ = graphed(0.2, 0.1, must=True, moved=lambda: next(moved), release=release)
+    for _ in range(10):
+        call()
+    first = call._side.pool
+    assert RecordedGraph.made == 1
+    for _ in range(10):
+        call()
+    assert RecordedGraph.made == 2 and order == ["release", "reset"]
+    assert call._side.pool is not first
+    other = graphed(0.2, 0.1, must=True)[0]
+    other._side = call._side
+    for _ in range(10):
+        other()
+    second = call._side.pool
+    other.drop()
+    assert call._side.pool is second  # a graph still lives there
 
 
 def cache(**options: Any) -> GraphCache:

@@ -7,8 +7,10 @@ coefficients float32 or float64 ``[B]``. `fastcm.ops.gradients` makes them diffe
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from fastcm.ops.dispatch import HAS_KERNELS
 from fastcm.ops.operands import coefficient, f32, layout, restored, state
 
 if HAS_KERNELS:
-    from fastcm.kernels import affine, noising
+    from fastcm.kernels import affine, launch, noising
     from fastcm.kernels import consistency_loss as loss_kernels
 
 METRICS: tuple[type[losses.SampleMetric], ...] = (
@@ -31,7 +33,22 @@ METRICS: tuple[type[losses.SampleMetric], ...] = (
 """Metrics with a kernel, at the index by which it knows them."""
 
 
-@triton_op("fastcm::noise", mutates_args={})
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches kernels, on the device of its first tensor."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def launched(*args: Any, **kwargs: Any) -> Any:
+            first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            with launch.device_of(first):
+                return function(*args, **kwargs)
+
+        return triton_op(f"fastcm::{name}", launched, mutates_args={})
+
+    return register
+
+
+@operator("noise")
 def noise_op(
     shape: Sequence[int], key: Tensor, stream: int, first_sample: int, dtype: torch.dtype
 ) -> Tensor:
@@ -42,7 +59,7 @@ def noise_op(
     return out
 
 
-@triton_op("fastcm::uniform", mutates_args={})
+@operator("uniform")
 def uniform_op(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
     """One number of (0, 1) for each sample, float64 ``[count]``."""
     out = torch.empty(count, dtype=torch.float64, device=key.device)
@@ -51,7 +68,7 @@ def uniform_op(count: int, key: Tensor, stream: int, first_sample: int) -> Tenso
     return out
 
 
-@triton_op("fastcm::noising", mutates_args={})
+@operator("noising")
 def noising_op(
     x0: Tensor,
     alpha: Tensor,
@@ -76,7 +93,7 @@ def noising_op(
     return out
 
 
-@triton_op("fastcm::noising_pair", mutates_args={})
+@operator("noising_pair")
 def noising_pair_op(
     x0: Tensor,
     alpha: Tensor,
@@ -102,7 +119,7 @@ def noising_pair_op(
     return first, second
 
 
-@triton_op("fastcm::boundary", mutates_args={})
+@operator("boundary")
 def boundary_op(
     x: Tensor,
     x_alpha: Tensor | None,
@@ -129,7 +146,7 @@ def boundary_op(
     return restored(out, back)
 
 
-@triton_op("fastcm::scale", mutates_args={})
+@operator("scale")
 def scale_op(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     """c g: the backward of the affine maps."""
     (g_,), back = layout(g)
@@ -139,7 +156,7 @@ def scale_op(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     return restored(out, back)
 
 
-@triton_op("fastcm::euler_step", mutates_args={})
+@operator("euler_step")
 def euler_step_op(
     x: Tensor,
     x_alpha: Tensor | None,
@@ -179,7 +196,7 @@ def euler_step_op(
     return out, second
 
 
-@triton_op("fastcm::sampler_update", mutates_args={})
+@operator("sampler_update")
 def sampler_update_op(
     x: Tensor,
     F: Tensor,
@@ -210,7 +227,7 @@ def sampler_update_op(
     return out
 
 
-@triton_op("fastcm::consistency_loss", mutates_args={})
+@operator("consistency_loss")
 def consistency_loss_op(
     F: Tensor,
     x: Tensor,

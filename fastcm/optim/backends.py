@@ -16,7 +16,7 @@ from fastcm.optim.layout import Layout
 from fastcm.optim.tables import Tables
 
 try:
-    from fastcm.kernels import adam_ema, grad_norm, tick
+    from fastcm.kernels import adam_ema, grad_norm, launch, tick
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
@@ -55,39 +55,43 @@ class Triton:
         return (torch.float32, torch.bfloat16, torch.float16)
 
     def grad_norm(self, tables: Tables) -> None:
-        grad_norm.launch_grad_norm(tables.tensors, tables.chunks, tables.segments, tables.partial)
-        grad_norm.launch_grad_norm_finish(tables.partial, tables.bounds, tables.sums)
+        segments = tables.segments
+        with launch.device_of(tables.tensors):
+            grad_norm.launch_grad_norm(tables.tensors, tables.chunks, segments, tables.partial)
+            grad_norm.launch_grad_norm_finish(tables.partial, tables.bounds, tables.sums)
 
     def tick(self, tables: Tables, *, radam: bool, measured: bool) -> None:
-        tick.launch_tick(
-            tables.tensors,
-            tables.hyper,
-            tables.limit,
-            tables.sums if measured else None,
-            tables.layout.steps,
-            tables.rows,
-            tables.shared,
-            tables.norm,
-            tables.counts,
-            radam=radam,
-        )
+        with launch.device_of(tables.tensors):
+            tick.launch_tick(
+                tables.tensors,
+                tables.hyper,
+                tables.limit,
+                tables.sums if measured else None,
+                tables.layout.steps,
+                tables.rows,
+                tables.shared,
+                tables.norm,
+                tables.counts,
+                radam=radam,
+            )
 
     def sweep(self, tables: Tables) -> None:
         layout = tables.layout
-        for segment in tables.segments:
-            adam_ema.launch_sweep(
-                tables.tensors,
-                tables.chunks,
-                segment,
-                layout.moments,
-                tables.averages,
-                tables.rows,
-                tables.shared,
-                masters=layout.masters if segment.parameter != layout.dtype else None,
-                shadows=tables.shadows,
-                shadow_dtype=layout.shadows[0].dtype if layout.shadows else None,
-                mask=sum(1 << j for j in layout.shadow_sources if j >= 0),
-            )
+        with launch.device_of(tables.tensors):
+            for segment in tables.segments:
+                adam_ema.launch_sweep(
+                    tables.tensors,
+                    tables.chunks,
+                    segment,
+                    layout.moments,
+                    tables.averages,
+                    tables.rows,
+                    tables.shared,
+                    masters=layout.masters if segment.parameter != layout.dtype else None,
+                    shadows=tables.shadows,
+                    shadow_dtype=layout.shadows[0].dtype if layout.shadows else None,
+                    mask=sum(1 << j for j in layout.shadow_sources if j >= 0),
+                )
 
 
 class Native:

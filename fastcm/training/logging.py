@@ -80,7 +80,7 @@ class Reading:
             self._values = torch.empty(len(values), dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(values.device))
         else:
             self._values = values.cpu()
 

@@ -7,6 +7,7 @@ that noise, times and rows follow from, learning rates and decays in the tables 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -76,6 +77,7 @@ class Step:
                 self._side,
                 moved=optimizer.prepare,
                 obstacle=self._without_gradient,
+                release=partial(optimizer.zero_grad, set_to_none=True),
                 must=graph == "step",
                 log=log,
             )

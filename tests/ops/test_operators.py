@@ -3,7 +3,9 @@ kernel branch behind them, run on the CPU through the interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 
 import fastcm
 from fastcm import losses, ops, rng
-from fastcm.ops import Denoised, Noised, reference
+from fastcm.ops import Denoised, Noised, reference, registered
 from fastcm.ops.operands import layout, restored
 
 
@@ -117,6 +119,42 @@ def test_vmap_is_refused_with_the_reason() -> None:
     ):
         with pytest.raises(RuntimeError, match="cannot be mapped by vmap"):
             torch.vmap(call)(x[None])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_launched_on_the_device_of_their_operands(
+    name: str, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    operator, arguments = cases()[name]
+    inside: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    class Watched:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            assert inside
+            return self.kernel[grid]
+
+    monkeypatch.setattr(registered.launch, "device_of", device_of)
+    monkeypatch.setattr(registered, "wrap_triton", Watched)
+    with torch.no_grad():
+        operator(*[v.detach() if isinstance(v, Tensor) else v for v in arguments])
+    assert not inside
+
+
+def test_the_device_of_a_tensor_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for index, guarded in ((0, False), (1, True)):
+        there = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        assert isinstance(registered.launch.device_of(there), torch.cuda.device) == guarded
 
 
 @pytest.mark.parametrize("name", NAMES)
