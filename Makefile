@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu gpu-step gpu-sampling lint clean
+.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-missing lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
@@ -10,19 +10,27 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# From source, with the torch and triton that $(PYTHON) has: correctness, then benchmarks, some
-# minutes each. Results go to $$OUT if set, else benchmarks/results/, row by row.
-GPU := PYTHONPATH=. PYTHONUNBUFFERED=1 $(PYTHON) -m pytest
+# From source, with the torch and triton that $(PYTHON) has. Each part takes at most eight minutes,
+# goes on where it was stopped, and none keeps the next from running. Results go to $$OUT if set,
+# else benchmarks/results/, row by row; gpu-missing says what is not there yet.
+GPU := PYTHONPATH=. PYTHONUNBUFFERED=1 RESUME=1 $(PYTHON) -m pytest
 
 gpu:
+	-$(MAKE) gpu-correctness
+	-$(MAKE) gpu-ops
+	-$(MAKE) gpu-optim
+	-$(MAKE) gpu-step
+	-$(MAKE) gpu-sampling
+	$(MAKE) gpu-missing
+
+gpu-correctness:
 	$(GPU) -m gpu tests
-	$(GPU) -s benchmarks/test_ops.py benchmarks/test_optim.py
 
-gpu-step:
-	$(GPU) -s benchmarks/test_step.py
+gpu-ops gpu-optim gpu-step gpu-sampling: gpu-%:
+	$(GPU) -s benchmarks/test_$*.py
 
-gpu-sampling:
-	$(GPU) -s benchmarks/test_sampling.py
+gpu-missing:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.missing
 
 lint: .venv/test
 	$(BIN)/ruff check .

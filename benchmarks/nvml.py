@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +31,17 @@ def static() -> dict[str, Any]:
         return {"driver": None}
     nvml, device = found
     return {
-        "driver": nvml.nvmlSystemGetDriverVersion(),
-        "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3,
+        "driver": _asked(nvml.nvmlSystemGetDriverVersion),
+        "power_limit_mw": _asked(nvml.nvmlDeviceGetEnforcedPowerLimit, device),
     }
+
+
+def _asked(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What NVML answers, or None: what one GPU or its owner does not support, another does."""
+    try:
+        return call(*arguments)
+    except Exception:
+        return None
 
 
 def snapshot() -> dict[str, Any] | None:
@@ -43,14 +52,13 @@ def snapshot() -> dict[str, Any] | None:
     nvml, device = found
     state: dict[str, Any] = {
         "time": time.monotonic(),
-        "sm_mhz": nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM),
-        "memory_mhz": nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_MEM),
-        "temperature_c": nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU),
-        "energy_mj": nvml.nvmlDeviceGetTotalEnergyConsumption(device),
+        "sm_mhz": _asked(nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
+        "memory_mhz": _asked(nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_MEM),
+        "temperature_c": _asked(nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
+        "energy_mj": _asked(nvml.nvmlDeviceGetTotalEnergyConsumption, device),
     }
-    for (name, _), value in zip(
-        _COUNTERS.items(), nvml.nvmlDeviceGetFieldValues(device, list(_COUNTERS.values()))
-    ):
+    values = _asked(nvml.nvmlDeviceGetFieldValues, device, list(_COUNTERS.values()))
+    for (name, _), value in zip(_COUNTERS.items(), values or ()):
         if value.nvmlReturn == nvml.NVML_SUCCESS:
             state[name] = value.value.ullVal
     return state
@@ -67,10 +75,11 @@ def difference(before: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     window = after["time"] - before["time"]
     throttled = {k: after[k] - before[k] for k in _COUNTERS if k in after and k in before}
-    joules = (after["energy_mj"] - before["energy_mj"]) / 1e3
+    energy = [state["energy_mj"] for state in (before, after)]
+    joules = None if None in energy else (energy[1] - energy[0]) / 1e3
     return {
         "window_s": window,
-        "mean_power_w": joules / window if window >= 2 else None,
+        "mean_power_w": joules / window if joules is not None and window >= 2 else None,
         "sm_mhz": [before["sm_mhz"], after["sm_mhz"]],
         "memory_mhz": [before["memory_mhz"], after["memory_mhz"]],
         "temperature_c": [before["temperature_c"], after["temperature_c"]],

@@ -8,7 +8,7 @@ average); `stock`, the best of torch (clip, fused AdamW, one foreach call for ea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import fastcm
-from benchmarks import nvml
 from benchmarks.harness import Case, Report, measure
 from fastcm import EMA
 
@@ -147,14 +146,6 @@ def build(name: str, averages: int, shadow: bool) -> Case:
     )
 
 
-@pytest.fixture(scope="module")
-def report() -> Iterator[Report]:
-    before, rows = nvml.snapshot(), Report("optim")
-    yield rows
-    if rows.rows:
-        print(f"\nwritten: {rows.write(before)}")
-
-
 @pytest.mark.parametrize(("averages", "shadow"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_optim(name: str, averages: int, shadow: bool, report: Report, benchmark: Any) -> None:
@@ -162,7 +153,7 @@ def test_optim(name: str, averages: int, shadow: bool, report: Report, benchmark
     row = measure(case)
     row |= {"averages": averages, "shadow": shadow, "network": name}
     benchmark.pedantic(case.columns["fastcm"], rounds=3, warmup_rounds=1)
-    report.rows.append(row)
+    report.add(row)
     ratios = "  ".join(f"{k} {v:.2f}" for k, v in row.items() if k.endswith("/fastcm"))
     what = f"{averages} averages{', bfloat16 copy' if shadow else ''}"
     print(f"\n{name}, {what}: {row['ms']['fastcm']:.3f} ms  {ratios}")
@@ -200,5 +191,5 @@ def test_drift(report: Report) -> None:
         "fastcm": drift(lambda p: fastcm.AdamW(p, **options), exact),
     }
     assert row["fastcm"] < 1e-6
-    report.rows.append({"drift": row})
+    report.add({"drift": row})
     print(f"\nrelative distance from float64 after 1,000 steps: {row}")

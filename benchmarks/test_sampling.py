@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 import fastcm
-from benchmarks import nvml
 from benchmarks.harness import ATOL, Report, captured, interleaved, median_ratio
 from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, synchronize
 from fastcm import rng
@@ -154,31 +153,18 @@ def measure(network: str, net: nn.Module, steps: int, batch: int) -> dict[str, A
     }
 
 
-@pytest.fixture(scope="module")
-def report() -> Report:
-    return Report("sampling")
-
-
-@pytest.fixture(scope="module")
-def before() -> dict[str, Any] | None:
-    return nvml.snapshot()
-
-
+@pytest.mark.parametrize(("steps", "batch"), SETTINGS)
 @pytest.mark.parametrize("network", SUBJECTS)
-def test_sampling(
-    network: str, report: Report, before: dict[str, Any] | None, benchmark: Any
-) -> None:
+def test_sampling(network: str, steps: int, batch: int, report: Report, benchmark: Any) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = SUBJECTS[network].make().to(DEVICE).eval()
     for p in net.parameters():
         if not p.any():  # layers that start at zero would hide the others from the check
             nn.init.normal_(p, std=0.02)
-    for steps, batch in SETTINGS:
-        row = measure(network, net, steps, batch)
-        report.rows.append(row)
-        path = report.write(before)
-        ratios = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if "/" in k)
-        print(f"\n{network} {steps} x {batch}: {row['ms']['fastcm']:.2f} ms  {ratios}  -> {path}")
+    row = measure(network, net, steps, batch)
+    report.add(row)
+    ratios = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if "/" in k)
+    print(f"\n{network} {steps} x {batch}: {row['ms']['fastcm']:.2f} ms  {ratios}")
     sampler = fastcm.Sampler(net, fastcm.Linear(), shape=SUBJECTS[network].shape)
     benchmark.pedantic(sampler, args=(1,), rounds=1)

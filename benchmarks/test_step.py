@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import fastcm
-from benchmarks import nvml
 from benchmarks.harness import Report, interleaved, median_ratio
 from benchmarks.reference_loop import Variant
 from benchmarks.step_cases import CUDA, LAUNCH_BOUND, Case, Column, Setting, build, settings
@@ -150,27 +149,14 @@ def measure(setting: Setting) -> tuple[dict[str, Any], Column]:
     return row, ours_column
 
 
-@pytest.fixture(scope="module")
-def report() -> Report:
-    return Report("step")
-
-
-@pytest.fixture(scope="module")
-def before() -> dict[str, Any] | None:
-    return nvml.snapshot()
-
-
 @pytest.mark.parametrize("setting", settings(), ids=lambda s: s.id)
-def test_step(
-    setting: Setting, report: Report, before: dict[str, Any] | None, benchmark: Any
-) -> None:
+def test_step(setting: Setting, report: Report, benchmark: Any) -> None:
     torch._dynamo.reset()
     row, column = measure(setting)
     benchmark.pedantic(column.fit, args=(row["steps"],), rounds=1)
-    report.rows.append(row)
-    path = report.write(before)
+    report.add(row)
     ratios = "  ".join(f"{k} {v:.2f}" for k, v in row.items() if k.endswith("/fastcm"))
-    print(f"\n{setting.id}: {row['ms']['fastcm']:.2f} ms  {ratios}  {row['chosen']}  -> {path}")
+    print(f"\n{setting.id}: {row['ms']['fastcm']:.2f} ms  {ratios}  {row['chosen']}")
 
 
 @pytest.mark.skipif(not CUDA, reason="only a GPU can be waited for")

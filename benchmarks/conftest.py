@@ -1,0 +1,47 @@
+"""A report for each benchmark file: rows are written as they are measured, and need not be twice.
+
+With RESUME=1 rows of this commit that a report holds already are skipped, and after PART_SECONDS
+(450) no further row is begun: run the same again for those that are missing. ``python -m
+benchmarks.missing`` says which these are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.harness import Report
+
+_REPORTS: dict[str, Report] = {}
+_START = time.monotonic()
+
+
+def _report_of(item: pytest.Item) -> Report:
+    name = item.path.stem.removeprefix("test_")
+    return _REPORTS.setdefault(name, Report(name, resume=os.environ.get("RESUME") == "1"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        if "report" in getattr(item, "fixturenames", ()):
+            _report_of(item).expected.append(item.name)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if os.environ.get("RESUME") != "1" or "report" not in getattr(item, "fixturenames", ()):
+        return
+    if item.name in _report_of(item).done:
+        pytest.skip("measured before")
+    if time.monotonic() - _START > float(os.environ.get("PART_SECONDS", 450)):
+        pytest.skip("out of time: run again")
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Iterator[Report]:
+    """The report of the file, whose next rows are those of this test."""
+    made = _report_of(request.node)
+    made.current = request.node.name
+    yield made
