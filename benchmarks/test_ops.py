@@ -1,8 +1,8 @@
 """The operators against plain PyTorch: ``python -m pytest benchmarks/test_ops.py``.
 
 Columns: `eager`, as a good engineer writes it; `compiled`, the same under torch.compile; `fastcm`,
-the operator as it is called, native code on a CPU; there also `in compiled code`, the operator under
-torch.compile, which is its plain reference but for noise. Rows go to results/ops_{cpu,gpu}.json.
+the operator as it is called, native code on a CPU; there also `in compiled code`, the operator
+under torch.compile, its plain reference but for noise. Rows go to results/ops_{cpu,gpu}.json.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ _CODES = {
     torch.int64: 6,
 }
 _NOTHING = (0, 0, 0)
+_CPU = torch.device("cpu")
 
 
 def _call(name: str, like: Sequence[int], *arguments: float, form: str = "") -> None:
@@ -84,7 +85,7 @@ def noise(
 def _noise(
     shape: Sequence[int], key: Tensor, stream: int, first_sample: int, dtype: torch.dtype
 ) -> Tensor:
-    key, out = key.contiguous(), torch.empty(shape, dtype=dtype, device="cpu")
+    key, out = key.contiguous(), torch.empty(shape, dtype=dtype, device=_CPU)
     _call("noise", shape, *_tensor(key), stream, first_sample, *_tensor(out))
     return out
 
@@ -97,7 +98,7 @@ def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int) -> Ten
 
 
 def _uniform(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
-    key, out = key.contiguous(), torch.empty(count, dtype=torch.float64, device="cpu")
+    key, out = key.contiguous(), torch.empty(count, dtype=torch.float64, device=_CPU)
     _call("uniform", (count,), *_tensor(key), stream, first_sample, *_tensor(out))
     return out
 
@@ -128,7 +129,7 @@ def _noising(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     state = _State(Noised(x0, alpha, sigma, NoiseKey.wrap(key), stream, first_sample))
-    out = [torch.empty(x0.shape, dtype=out_dtype, device="cpu") for _ in alpha]
+    out = [torch.empty(x0.shape, dtype=out_dtype, device=_CPU) for _ in alpha]
     second = out[1] if len(out) > 1 else None
     _call("noising", x0.shape, *state.packed(), *_tensor(out[0]), *_tensor(second))
     return out
@@ -142,7 +143,7 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         assert x_ is not None and F_ is not None
         x, F = x_, F_
     F, a_, b_, state = F.contiguous(), _rows(a), _rows(b), _State(x)
-    out = torch.empty(F.shape, dtype=torch.float32, device="cpu")
+    out = torch.empty(F.shape, dtype=torch.float32, device=_CPU)
     operands = (*_tensor(F), *_tensor(a_), *_tensor(b_), *_tensor(out))
     _call("boundary", F.shape, *state.packed(), *operands)
     return restored(out, back)
@@ -152,7 +153,7 @@ def scale(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     """c g."""
     (g_,), back = layout(g)
     assert g_ is not None
-    c_, out = _rows(c), torch.empty(g_.shape, dtype=out_dtype, device="cpu")
+    c_, out = _rows(c), torch.empty(g_.shape, dtype=out_dtype, device=_CPU)
     _call("scale", g_.shape, *_tensor(g_), *_tensor(c_), *_tensor(out))
     return restored(out, back)
 
@@ -177,10 +178,10 @@ def euler_step(
     v = v.contiguous()
     v_uncond = None if v_uncond is None else v_uncond.contiguous()
     state, rows = _State(x), [_rows(c) for c in (dt, guidance, scale, input_scale)]
-    out = torch.empty(v.shape, dtype=torch.float32, device="cpu")
+    out = torch.empty(v.shape, dtype=torch.float32, device=_CPU)
     second = None
     if input_dtype is not None:
-        second = torch.empty(v.shape, dtype=input_dtype, device="cpu")
+        second = torch.empty(v.shape, dtype=input_dtype, device=_CPU)
     tensors = (v, rows[0], v_uncond, *rows[1:], out, second)
     _call("euler_step", v.shape, *state.packed(), *(n for t in tensors for n in _tensor(t)))
     return restored(out, back), None if second is None else restored(second, back)
@@ -218,7 +219,7 @@ def _sampler_update(
 ) -> Tensor:
     tensors = [x.contiguous(), F.contiguous(), *(_rows(c) for c in (a, b, alpha, sigma))]
     tensors.append(key.contiguous())
-    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    out = torch.empty(x.shape, dtype=torch.float32, device=_CPU)
     packed = [n for t in tensors for n in _tensor(t)]
     _call("sampler_update", x.shape, *packed, stream, first_sample, *_tensor(out))
     return out
@@ -279,8 +280,8 @@ def consistency_loss_and_gradient(
     F, target_F = F.contiguous(), None if mapped[0] is None else mapped[0].contiguous()
     x_state, y_state = _State(x_t), _State(y)
     rows = [_rows(c) for c in (a, b, *mapped[1:], weight)]
-    values = torch.empty(F.shape[:1], dtype=torch.float32, device="cpu")
-    gradient = torch.empty(F.shape, dtype=F.dtype, device="cpu")
+    values = torch.empty(F.shape[:1], dtype=torch.float32, device=_CPU)
+    gradient = torch.empty(F.shape, dtype=F.dtype, device=_CPU)
     c = 1.0
     if isinstance(metric, PseudoHuber):
         c = metric.scale(F.shape[1:].numel())

@@ -39,11 +39,19 @@ def check_like(
 
 
 def check_coefficient(name: str, value: object, x: Tensor) -> None:
-    wanted = f"{name} must be a float tensor [{x.shape[0]}] (one per sample) on {x.device}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{wanted}, got {describe(value)}")
-    if value.shape != x.shape[:1] or value.device != x.device or not value.is_floating_point():
-        raise ValueError(f"{wanted}, got {describe(value)}")
+    if (
+        isinstance(value, Tensor)
+        and value.dim() == 1
+        and value.shape[0] == x.shape[0]
+        and value.device == x.device
+        and value.is_floating_point()
+    ):
+        return
+    error = ValueError if isinstance(value, Tensor) else TypeError
+    raise error(
+        f"{name} must be a float tensor [{x.shape[0]}] (one per sample) on {x.device}, "
+        f"got {describe(value)}"
+    )
 
 
 def check_noise(key: object, stream: int, first_sample: int, device: torch.device) -> None:

@@ -82,19 +82,28 @@ class Engine:
             cond: B rows, or None.
             weights: of the guidance, one per time, or None.
         """
-        with graphs.device_lock(self._device):
-            if self._cache is None:
+        if self._cache is None:
+            out.copy_(self.run(shape, key, cond, weights)[: len(out)])
+            return
+        with graphs.device_lock(self._device), self._cache.side():
+            if self._is_whole:
+                work = partial(self._run, self._network, shape, weights)
+                x = self._cache((shape, weights), work, key, cond)
+            else:
                 at = key.to(self._device)
-                out.copy_(self._run(self._network, shape, weights, at, cond)[: len(out)])
-                return
-            with self._cache.side():
-                if self._is_whole:
-                    work = partial(self._run, self._network, shape, weights)
-                    x = self._cache((shape, weights), work, key, cond)
-                else:
-                    at = key.to(self._device)
-                    x = self._run(self._replayed, shape, weights, at, cond)
-                out.copy_(x[: len(out)])
+                x = self._run(self._replayed, shape, weights, at, cond)
+            out.copy_(x[: len(out)])
+
+    def run(
+        self,
+        shape: tuple[int, ...],
+        key: Tensor,
+        cond: Tensor | None,
+        weights: tuple[float, ...] | None,
+    ) -> Tensor:
+        """Samples of `shape`, launched one kernel after another; see `__call__`."""
+        with graphs.device_lock(self._device):
+            return self._run(self._network, shape, weights, key.to(self._device), cond)
 
     def _replayed(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         assert self._cache is not None

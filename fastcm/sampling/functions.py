@@ -257,7 +257,7 @@ def _levels(
 def _first_state(z: Tensor, at: solvers.Level, start: Tensor | None = None) -> Tensor:
     if start is not None:
         return ops.boundary(start, z, rows(z, at.alpha), rows(z, at.sigma))
-    return at.sigma * z
+    return z if at.sigma == 1.0 else at.sigma * z
 
 
 def _constrained(constraint: Constraint, x0: Tensor) -> Tensor:

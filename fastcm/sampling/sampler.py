@@ -196,6 +196,10 @@ class Sampler:
         shape = self._checked(n, seed, first_sample, cond)
         n = shape[0]
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
+        if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
+            key = NoiseKey(seed, first_sample=first_sample)
+            rows = None if cond is None else cond.to(self.device)
+            return self.engine.run(shape, key.tensor, rows, weights)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
             key = NoiseKey(seed, first_sample=first_sample + start)
@@ -282,7 +286,7 @@ class Sampler:
         return shape
 
     def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(n, SupportsIndex):
+        if not isinstance(n, int) and isinstance(n, SupportsIndex):
             n = operator.index(n)
         if not isinstance(n, int):
             if not isinstance(n, Sequence):
