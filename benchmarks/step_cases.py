@@ -87,7 +87,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """The rows; few, since each is compiled twice: on a CPU one in bf16, if it has that.
+    """The rows; few, since each is compiled twice: on a CPU two in bf16, if it has that.
 
     On a GPU small networks are launch-bound, and large ones run in bf16, first the small batch.
     """
@@ -108,7 +108,8 @@ def settings() -> list[Setting]:
         for method in ("CT", "CD")
         for batch in subject.batches
     ]
-    return [*rows, Setting("MLP", "CT", 256, "bf16")] if native else rows
+    low = [Setting("MLP", method, 256, "bf16") for method in ("CT", "CD")]
+    return [*rows, *low] if native else rows
 
 
 @dataclass
