@@ -1,10 +1,10 @@
 """A whole training step: ``python -m pytest -s benchmarks/test_step.py``.
 
-Columns: `eager`, a plain PyTorch loop (foreach AdamW, a Python loop over each average); `best`, the
-faster of that loop compiled and not, with fused AdamW and foreach averages; `fastcm`, a Trainer,
-compiled or not as ``compile="auto"`` decides in a long run: by the clock; `fastcm eager`, one that is
-not. Before any clock starts, the first steps of each are compared with the same loop in float64, on
-the same data, times and noise. Rows go to results/step_{cpu,gpu}.json as they come.
+Columns: `eager`, a plain PyTorch loop (foreach AdamW, a Python loop over each average); `best`,
+the faster of that loop compiled and not, with fused AdamW and foreach averages; `fastcm`, a
+Trainer, compiled or not as ``compile="auto"`` decides in a long run: by the clock; `fastcm eager`,
+one that is not. Before any clock starts, the first steps of each are compared with the same loop in
+float64, on the same data, times and noise. Rows go to results/step_{cpu,gpu}.json as they come.
 """
 
 from __future__ import annotations

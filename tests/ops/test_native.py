@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -384,3 +386,24 @@ def test_default_dtypes_change_no_bit(tmp_path: Path) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert torch.equal(torch.as_tensor(a).float(), torch.as_tensor(b).float())
+
+
+def test_no_entry_leaves_its_buffers_under_the_sanitizers(tmp_path: Path) -> None:
+    kernels, driver = Path(library.__file__).parent, Path(__file__).with_name("native_driver.cpp")
+    sources = [str(driver), str(kernels / "adam_ema.cpp")]
+    flags = ["-std=c++17", "-O1", "-g", "-fopenmp", f"-I{kernels}"]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
+    program = tmp_path / "driver"
+    for isa in ([], ["-mavx2", "-mfma"]):
+        command = [compiler, *flags, *checks, *isa, *sources, "-o", str(program)]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode and "sanitize" in built.stderr + built.stdout:
+            pytest.skip("the compiler has no sanitizers")
+        assert built.returncode == 0, built.stderr
+        if isa and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+            continue
+        # the pool of OpenMP is never given back
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        ran = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+        assert ran.stdout == "clean\n" and ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
