@@ -61,6 +61,17 @@ struct EulerArguments {
   Tensor out, input;                                      // and the second result
 };
 
+template <bool GUIDED, bool PAIR>
+static void step(int64_t n, float scale, const float* __restrict x, float dt,
+                 const float* __restrict v, float w, const float* __restrict u, float c,
+                 float* __restrict out, float* __restrict input) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x_s = scale * x[i] - dt * (GUIDED ? u[i] + w * (v[i] - u[i]) : v[i]);
+    out[i] = x_s;
+    if (PAIR) input[i] = c * x_s;
+  }
+}
+
 // out = scale x - dt (v_u + guidance (v - v_u)), input = input_scale out
 extern "C" int euler_step(const EulerArguments* p) {
   const int64_t B = p->B, D = p->D;
@@ -76,25 +87,21 @@ extern "C" int euler_step(const EulerArguments* p) {
   FASTCM_CHECK(p->out.check(B * D));
   if (p->input) FASTCM_CHECK(p->input.check(B * D));
   for_pieces(B, D, p->threads, [&](int64_t sample, int64_t begin, int64_t n) {
-    alignas(64) float x_piece[PIECE], v_piece[PIECE], u_piece[PIECE], piece[PIECE];
+    alignas(64) float x_piece[PIECE], v_piece[PIECE], u_piece[PIECE], piece[PIECE], second[PIECE];
     const int64_t at = sample * D + begin, m = padded(n);
-    const float* __restrict x = p->x.load(sample, D, begin, n, x_piece);
-    const float* __restrict v = load(p->v, at, n, v_piece);
-    const float scale = p->scale ? p->scale.at(sample) : 1.0f, dt = p->dt.at(sample);
+    const float* x = p->x.load(sample, D, begin, n, x_piece);
+    const float* v = load(p->v, at, n, v_piece);
+    const float* u = p->v_uncond ? load(p->v_uncond, at, n, u_piece) : nullptr;
+    const auto at_or = [&](const Tensor& t, float absent) { return t ? t.at(sample) : absent; };
+    const float scale = at_or(p->scale, 1.0f), dt = p->dt.at(sample);
+    const float w = at_or(p->guidance, 1.0f), c = at_or(p->input_scale, 1.0f);
     float* out = room(p->out, at, n, piece);
-    if (p->v_uncond) {
-      const float* __restrict u = load(p->v_uncond, at, n, u_piece);
-      const float w = p->guidance.at(sample);
-      for (int64_t i = 0; i < m; ++i) out[i] = scale * x[i] - dt * (u[i] + w * (v[i] - u[i]));
-    } else {
-      for (int64_t i = 0; i < m; ++i) out[i] = scale * x[i] - dt * v[i];
-    }
+    float* input = p->input ? room(p->input, at, n, second) : nullptr;
+    const auto take = u ? (input ? step<true, true> : step<true, false>)
+                        : (input ? step<false, true> : step<false, false>);
+    take(m, scale, x, dt, v, w, u, c, out, input);
     store(p->out, at, n, out);
-    if (!p->input) return;
-    const float c = p->input_scale ? p->input_scale.at(sample) : 1.0f;
-    float* input = room(p->input, at, n, v_piece);
-    for (int64_t i = 0; i < m; ++i) input[i] = c * out[i];
-    store(p->input, at, n, input);
+    if (input) store(p->input, at, n, input);
   });
   return OK;
 }
