@@ -59,7 +59,7 @@ class Parameterization:
                 f"VarianceExploding, got {self.path}; wrap the network with Rescaled to serve "
                 "another path"
             )
-        end = torch.tensor([self.path.t_max], dtype=torch.float64)
+        end = torch.tensor([self.path.t_max], dtype=torch.float64, device="cpu")
         if self.prediction == "eps" and self.path._at(end).alpha.item() < 1e-9:
             raise ValueError(
                 f"prediction 'eps' cannot recover data at t = {self.path.t_max} of {self.path}, "

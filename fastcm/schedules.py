@@ -212,6 +212,6 @@ def sampling_times(grid: Grid, steps: int, path: Path) -> list[float]:
     """
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
-    k = torch.arange(steps, 0, -1, dtype=torch.float64)
+    k = torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu")
     times: list[float] = grid.time(k, steps, path).tolist()
     return times

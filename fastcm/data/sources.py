@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -201,7 +201,7 @@ class IterableData:
     def _unpacked(self, item: object) -> Batch:
         parts = item if isinstance(item, tuple | list) else (item,)
         try:
-            tensors = [None if part is None else torch.as_tensor(part) for part in parts]
+            tensors = [None if part is None else _tensor(part) for part in parts]
         except (TypeError, ValueError, RuntimeError):
             tensors = []
         if not 1 <= len(tensors) <= 2 or tensors[0] is None or tensors[0].ndim < 2:
@@ -222,6 +222,11 @@ class IterableData:
         return x, cond
 
 
+def _tensor(x: Any) -> Tensor:
+    """An array as a tensor, where it is: torch.as_tensor would take it to the default device."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+
+
 def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
     """The source of batches for whatever holds the data.
 
@@ -239,9 +244,9 @@ def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
     if isinstance(data, str | os.PathLike):
         data = load(data)
     elif isinstance(data, _ARRAYS):
-        data = Dataset(torch.as_tensor(data))
+        data = Dataset(_tensor(data))
     elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, _ARRAYS) for d in data):
-        data = Dataset(torch.as_tensor(data[0]), torch.as_tensor(data[1]))
+        data = Dataset(_tensor(data[0]), _tensor(data[1]))
     if isinstance(data, Dataset):
         return DeviceData(data, seed, device)
     if isinstance(data, Iterable):

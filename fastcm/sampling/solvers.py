@@ -41,7 +41,7 @@ class Level(NamedTuple):
 
 def levels(p: Parameterization, times: Sequence[float]) -> list[Level]:
     """The levels of `times`, then that of t_min; there the velocity may be infinite."""
-    t = torch.tensor([*times, p.path.t_min], dtype=torch.float64)
+    t = torch.tensor([*times, p.path.t_min], dtype=torch.float64, device="cpu")
     alpha, sigma, _, _ = p.path.at(t)
     return [
         Level(*values)

@@ -77,7 +77,9 @@ class Reading:
         values = torch.stack([v.detach().double().reshape(()) for v in device.values()])
         self._event: Any = None
         if values.is_cuda:
-            self._values = torch.empty(len(values), dtype=values.dtype, pin_memory=True)
+            self._values = torch.empty(
+                len(values), dtype=values.dtype, device="cpu", pin_memory=True
+            )
             self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(values.device))

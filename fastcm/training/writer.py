@@ -37,7 +37,12 @@ class Snapshot:
             for name, tensor in tensors.items():
                 copy = kept.get(name)
                 if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                    copy = torch.empty(
+                        tensor.shape,
+                        dtype=tensor.dtype,
+                        device="cpu",
+                        pin_memory=tensor.is_cuda,
+                    )
                 copies[group][name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
                 if tensor.is_cuda and tensor.device not in streams:
                     streams[tensor.device] = torch.cuda.current_stream(tensor.device)
