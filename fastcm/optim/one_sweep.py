@@ -161,9 +161,8 @@ class OneSweep(Optimizer):
         parameters = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"]]
         layout = Layout(parameters, len(self.averages), self.shadow_dtype, self.shadow_ema)
         layout.take(self.state)
-        if self._counts is None:
-            self._counts = torch.zeros(3, dtype=torch.int64, device=layout.device)
-        self._counts = self._counts.to(layout.device)
+        fresh = torch.zeros(3, dtype=torch.int64, device=layout.device)
+        self._counts = fresh if self._counts is None else self._counts.to(layout.device)
         self._backend = choose(layout.device, layout.dtype)
         direct = self._backend.direct(layout)
         self._tables = Tables(layout, len(self.param_groups), direct, self._counts)
