@@ -6,6 +6,7 @@ float64 tensor; the update after the optimizer's is e <- e + (1 - beta) (p - e).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,20 @@ class CurriculumEMA:
         return (self.curriculum.s0 * math.log(self.mu0) / n).exp()
 
 
+@functools.cache
+def _gamma(std: float) -> float:
+    inverse = std**-2
+
+    def cubic(g: float) -> float:
+        return ((g + 7.0) * g + 16.0 - inverse) * g + 12.0 - inverse
+
+    low, high = 0.0, std**-1
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if cubic(middle) > 0 else (middle, high)
+    return 0.5 * (low + high)
+
+
 @dataclass(frozen=True)
 class PowerEMA:
     """Power-function average of relative width `std`: beta = (1 - 1 / k)^(gamma + 1).
@@ -88,16 +103,7 @@ class PowerEMA:
     @property
     def gamma(self) -> float:
         """The largest real root of g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2) = 0."""
-        inverse = self.std**-2
-
-        def cubic(g: float) -> float:
-            return ((g + 7.0) * g + 16.0 - inverse) * g + 12.0 - inverse
-
-        low, high = 0.0, self.std**-1
-        for _ in range(200):
-            middle = 0.5 * (low + high)
-            low, high = (low, middle) if cubic(middle) > 0 else (middle, high)
-        return 0.5 * (low + high)
+        return _gamma(self.std)
 
     def decay(self, step: Tensor) -> Tensor:
         k = step.double() + 1.0

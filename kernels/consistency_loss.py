@@ -133,8 +133,7 @@ def loss_kernel(
         sample, row, 0, D,
         X_NOISED, Y_NOISED, SAME_NOISE, MAPPED, BLOCK, VECTOR, FAST,
     )  # fmt: skip
-    total = tl.sum(accumulate(head, METRIC))
-    if TAIL > 0:
+    if TAIL > 0:  # loaded before the first sum, at whose barrier all threads wait
         tail = load_residual(
             F_ptr, a_ptr, b_ptr,
             x_ptr, x_alpha_ptr, x_sigma_ptr, x_key_ptr, x_stream, x_first_sample,
@@ -143,6 +142,8 @@ def loss_kernel(
             sample, row, BLOCK, D,
             X_NOISED, Y_NOISED, SAME_NOISE, MAPPED, TAIL, VECTOR, FAST,
         )  # fmt: skip
+    total = tl.sum(accumulate(head, METRIC))
+    if TAIL > 0:
         total += tl.sum(accumulate(tail, METRIC))
     value, slope = evaluate(total, c, METRIC)
     if WEIGHTED:

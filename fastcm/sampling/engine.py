@@ -90,7 +90,7 @@ class Engine:
                 work = partial(self._run, self._network, shape, weights)
                 x = self._cache((shape, weights), work, key, cond)
             else:
-                at = key.to(self._device)
+                at = key.to(self._device, non_blocking=True)
                 x = self._run(self._replayed, shape, weights, at, cond)
             out.copy_(x[: len(out)])
 
@@ -103,7 +103,9 @@ class Engine:
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
         with graphs.device_lock(self._device):
-            return self._run(self._network, shape, weights, key.to(self._device), cond)
+            return self._run(
+                self._network, shape, weights, key.to(self._device, non_blocking=True), cond
+            )
 
     def _replayed(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         assert self._cache is not None

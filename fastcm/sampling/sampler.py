@@ -198,12 +198,12 @@ class Sampler:
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
         if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
             key = NoiseKey(seed, first_sample=first_sample)
-            rows = None if cond is None else cond.to(self.device)
+            rows = None if cond is None else self._here(cond)
             return self.engine.run(shape, key.tensor, rows, weights)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
             key = NoiseKey(seed, first_sample=first_sample + start)
-            rows = None if cond is None else padded(cond[start:end].to(self.device), size)
+            rows = None if cond is None else padded(self._here(cond[start:end]), size)
             self.engine(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
         return out
 
@@ -273,6 +273,10 @@ class Sampler:
             for _ in range(self.engine.calls_to_prepare):
                 self(size, cond=rows, guidance=guidance)
         return self
+
+    def _here(self, cond: Tensor) -> Tensor:
+        """On the sampler's device; a copy to a GPU is not waited for."""
+        return cond.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _checked(
         self, n: int | Sequence[int], seed: int, first_sample: int, cond: Tensor | None
