@@ -113,8 +113,7 @@ def sampling_table(report: dict[str, Any]) -> str:
     ]
     note = (
         f"On {machine_of(report)}. Eager and compiled: a plain PyTorch loop with `torch.randn`; "
-        "compiled means the network. Noise from counters costs more than that of a generator, "
-        "which shows where network and batch are small."
+        "compiled means the network. The Python of a call shows where network and batch are small."
     )
     columns = (
         "network | steps | batch | fastcm | over the bare network calls | eager / fastcm "
