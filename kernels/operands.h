@@ -16,7 +16,7 @@ namespace fastcm {
 enum Dtype : int64_t { NONE, F32, BF16, F16, U8, F64, I64 };
 enum Error { OK, WRONG_DTYPE, WRONG_SIZE };
 
-// As kernels/cpu.py packs it; contiguous, on the CPU.
+// As fastcm/ops/native.py packs it; contiguous, on the CPU.
 struct Tensor {
   void* data;
   int64_t dtype;

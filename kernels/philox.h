@@ -147,7 +147,7 @@ inline Error check_key(const Tensor& key) {
   return key.numel == 3 ? OK : WRONG_SIZE;
 }
 
-// A tensor, or alpha x + sigma z in closed form where alpha is there; as kernels/cpu.py packs it.
+// A tensor, or alpha x + sigma z in closed form where alpha is there; as fastcm/ops/native.py packs it.
 struct State {
   Tensor x, alpha, sigma, key;
   int64_t stream, first;
