@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from fastcm.runs import checkpoint
 from fastcm.training.logging import Reading
 from fastcm.training.state import State
 
@@ -23,11 +23,11 @@ class Watch:
     Args:
         state: of the training.
         steps: that it is to take.
-        run: whose last checkpoint the error names, or None.
+        newest: waits for what is being written and gives the newest checkpoint, or None.
     """
 
-    def __init__(self, state: State, steps: int, run: Path | None) -> None:
-        self._state, self._steps, self._run = state, steps, run
+    def __init__(self, state: State, steps: int, newest: Callable[[], Path | None]) -> None:
+        self._state, self._steps, self._newest = state, steps, newest
         self._reading: Reading | None = None
 
     def in_passing(self) -> None:
@@ -50,11 +50,11 @@ class Watch:
         values = reading.values()
         step, in_a_row = values["step"], int(values["in_a_row"])
         if in_a_row >= NON_FINITE_LIMIT or 1 < self._steps <= in_a_row:
-            saved = [] if self._run is None else checkpoint.list_checkpoints(self._run)
+            saved = self._newest()
             raise NonFiniteError(
                 f"the gradient was not finite for {in_a_row} steps in a row, up to step {step}; "
                 "those steps changed nothing"
-                + (f"; the last good checkpoint is {saved[0]}" if saved else "")
+                + (f"; the last good checkpoint is {saved}" if saved else "")
                 + ". Lower the learning rate, or look for NaN in data and network output"
             )
         return in_a_row == 0

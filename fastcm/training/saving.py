@@ -125,6 +125,13 @@ class Saving:
             self._saved(path)
         return path
 
+    def newest(self) -> Path | None:
+        """The run's newest checkpoint, the one that is being written included, or None."""
+        self._settle_quietly()
+        run = self._settings.directory
+        saved = [] if run is None else checkpoint.list_checkpoints(run)
+        return saved[0] if saved else None
+
     def _settle_quietly(self) -> None:
         """As `settle` beneath another error, which is the one to raise."""
         try:

@@ -234,7 +234,7 @@ class Trainer:
             return self
         self.net.train()
         state, rate = self.state, Rate()
-        end, watch = state.step + steps, Watch(state, steps, self.directory)
+        end, watch = state.step + steps, Watch(state, steps, self._saving.newest)
         rate.read(state.step)
         title = type(self.objective).__name__
         with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import fastcm
 from fastcm import EMA, ConsistencyDistillation, ConsistencyTraining, FlowMatching, Sampler, Trainer
 from fastcm.networks import MLP
+from fastcm.runs import checkpoint
 from fastcm.training.gradients import Gradients
 
 DATA = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
@@ -193,7 +195,16 @@ def test_twenty_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert not damaged and found.state["step"] >= 4
 
 
-def test_a_failing_run_keeps_the_checkpoints_from_before(tmp_path: Path) -> None:
+def test_a_failing_run_keeps_the_checkpoints_from_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.save
+
+    def slowly(*args: Any, **kwargs: Any) -> Path:  # its thread lags behind the training
+        time.sleep(0.2)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
     t = trainer(net=Poisoned(range(7, 1000)), directory=tmp_path, save_every=2)
     with pytest.raises(fastcm.NonFiniteError, match=r"last good checkpoint is .*step_000000006"):
         t.fit(100)
