@@ -66,7 +66,7 @@ class L2(SampleMetric):
 
     def gradient(self, r: Tensor) -> Tensor:
         norm = _over(self.value(r), r)
-        return torch.where(norm > 0, r / norm, 0.0)
+        return torch.where(norm == 0, 0.0, r / norm)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class L1(SampleMetric):
     """sum |r| over the sample."""
 
     def value(self, r: Tensor) -> Tensor:
-        return _sum(r.abs())
+        return _sum(r * self.gradient(r).detach())  # |r|, with NaN in its gradient, too
 
     def gradient(self, r: Tensor) -> Tensor:
-        return r.sign()
+        return torch.where(r.isnan(), r, r.sign())
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ static Error check(const LossArguments& p) {
   }
   if (p.weight) FASTCM_CHECK(p.weight.check_rows(B));
   if (p.values.dtype != F32) return WRONG_DTYPE;
-  if (p.values.numel != B) return WRONG_SIZE;
+  FASTCM_CHECK(p.values.check_size(B));
+  if (p.shared && !(p.x.alpha && p.y.alpha)) return NO_CLOSED_FORM;
   return p.gradient.check(B * D);
 }
 

@@ -33,6 +33,14 @@ _ISA = {
 }
 
 
+_REFUSALS = (  # the errors of operands.h
+    "a tensor of the wrong dtype",
+    "a tensor of the wrong size",
+    "a tensor without memory",
+    "noise that two tensors share is in closed form",
+)
+
+
 class Table(ctypes.Structure):
     """The tables of `fastcm.kernels.tables` as adam_ema.cpp reads them."""
 
@@ -99,7 +107,7 @@ def pointwise(name: str) -> Callable[[bytes], None] | None:
     def call(arguments: bytes) -> None:
         error = function(arguments)
         if error:
-            raise Refused(f"{name}: a tensor of the wrong {('dtype', 'size')[error - 1]}")
+            raise Refused(f"{name}: {_REFUSALS[error - 1]}")
 
     return call
 

@@ -14,7 +14,7 @@
 namespace fastcm {
 
 enum Dtype : int64_t { NONE, F32, BF16, F16, U8, F64, I64 };
-enum Error { OK, WRONG_DTYPE, WRONG_SIZE };
+enum Error { OK, WRONG_DTYPE, WRONG_SIZE, NO_MEMORY, NO_CLOSED_FORM };
 
 // As fastcm/ops/native.py packs it; contiguous, on the CPU.
 struct Tensor {
@@ -27,11 +27,15 @@ struct Tensor {
   // Whether it has that many elements of a dtype that may be read (or written) as floats.
   Error check(int64_t count, bool pixels = false) const {
     if (dtype != F32 && dtype != BF16 && dtype != F16 && !(pixels && dtype == U8)) return WRONG_DTYPE;
-    return numel == count ? OK : WRONG_SIZE;
+    return check_size(count);
   }
   Error check_rows(int64_t count) const {
     if (dtype != F32 && dtype != F64) return WRONG_DTYPE;
-    return numel == count ? OK : WRONG_SIZE;
+    return check_size(count);
+  }
+  Error check_size(int64_t count) const {
+    if (numel != count) return WRONG_SIZE;
+    return data || !count ? OK : NO_MEMORY;
   }
   // A coefficient: computed in float64, applied in float32.
   float at(int64_t i) const {

@@ -144,7 +144,7 @@ struct Noise {
 
 inline Error check_key(const Tensor& key) {
   if (key.dtype != I64) return WRONG_DTYPE;
-  return key.numel == 3 ? OK : WRONG_SIZE;
+  return key.check_size(3);
 }
 
 // A tensor, or alpha x + sigma z in closed form where alpha is there; as fastcm/ops/native.py packs it.

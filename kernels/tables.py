@@ -30,6 +30,7 @@ GRADIENT = 1
 OFFSET = 2
 NUMEL = 3
 GROUP = 4
+COLUMNS = 5
 
 SEGMENT_ALIGN = 64
 """Elements: 128 bytes of the narrowest row, a shadow's."""

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from fastcm.kernels import native
-from fastcm.kernels.tables import CHUNK
+from fastcm.kernels.tables import CHUNK, COLUMNS
 from fastcm.ops import reference
 from fastcm.optim import sharding
 from fastcm.optim.layout import Layout
-from fastcm.optim.tables import Tables
+from fastcm.optim.tables import HYPER, Tables
 
 try:
     from fastcm.kernels import adam_ema, grad_norm, launch, tick
@@ -107,7 +107,7 @@ class Native:
 
     def _table(self, tables: Tables) -> ctypes.Structure:
         n, count = tables.tensors.shape[1], tables.chunks.shape[1]
-        tensors = native.address(tables.tensors, torch.int64, tables.tensors.numel())
+        tensors = native.address(tables.tensors, torch.int64, COLUMNS * n)
         chunks = native.address(tables.chunks, torch.int32, 2 * count)
         return native.Table(tensors, n, chunks, count, CHUNK)
 
@@ -124,9 +124,10 @@ class Native:
 
     def tick(self, tables: Tables, *, radam: bool, measured: bool) -> None:
         layout, n, classes = tables.layout, tables.tensors.shape[1], tables.sums.numel()
+        groups = 1 + max((slot.group for slot in layout.slots), default=-1)
         self._library.tick(
             ctypes.byref(self._table(tables)),
-            native.address(tables.hyper, torch.float64, tables.hyper.numel()),
+            native.address(tables.hyper, torch.float64, HYPER * groups),
             native.address(tables.limit, torch.float64, 1),
             native.address(tables.sums if measured else None, torch.float64, classes),
             ctypes.c_int64(classes),
@@ -181,7 +182,7 @@ class Plain:
             tables.counts[1:] += ~finite
             tables.counts[2] *= ~finite
         has = [g is not None for g in tables.gradients]
-        here = torch.tensor(has, device=tables.layout.device)
+        here = torch.tensor(has, dtype=torch.bool, device=tables.layout.device)
         tables.layout.steps += here * tables.shared[1].float()
         # 1 where there is no step yet: the row of such a parameter is not used
         steps = tables.layout.steps.clamp(min=1)

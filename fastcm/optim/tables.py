@@ -26,6 +26,10 @@ Kind = tuple[int, torch.dtype, torch.dtype, bool]
 """What a segment has in common: reduction, dtypes of parameter and gradient, alignment."""
 
 
+def _addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=device)
+
+
 class MovedError(RuntimeError):
     """Gradients changed their form while a CUDA graph was captured."""
 
@@ -68,8 +72,8 @@ class Tables:
         self.rows = torch.zeros(n, 8, dtype=dtype, device=device)
         self.shared = torch.zeros(2 + len(layout.averages), dtype=dtype, device=device)
         self.norm = torch.full((1,), float("nan"), dtype=dtype, device=device)
-        self.averages = torch.tensor([f.data_ptr() for f in layout.averages], device=device).long()
-        self.shadows = torch.tensor([f.data_ptr() for f in layout.shadows], device=device).long()
+        self.averages = _addresses(layout.averages, device)
+        self.shadows = _addresses(layout.shadows, device)
         columns = [(0, 0, slot.offset, slot.numel, slot.group) for slot in layout.slots]
         self.tensors = (
             torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous().to(device)

@@ -328,3 +328,20 @@ def test_compiled_noise_is_the_eager_noise_bit_for_bit() -> None:
     compiled = torch.compile(work, fullgraph=True)
     for key in (KEY.tensor, fastcm.NoiseKey(4, 2).tensor):
         assert all(map(torch.equal, compiled(x, a, key), work(x, a, key)))
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda m: type(m).__name__)
+def test_a_residual_that_is_no_number_is_none_in_any_form_of_the_gradient(
+    metric: losses.SampleMetric,
+) -> None:
+    F, x, c = torch.randn(3, 40), torch.randn(3, 40), torch.ones(3)
+    F[1, 7] = float("nan")
+    leaf = F.clone().requires_grad_()
+    mean, values = reference.consistency_loss(leaf, x, c, c, x.cos(), metric=metric)
+    mean.backward()
+    assert leaf.grad is not None
+    explicit = reference.consistency_loss_and_gradient(F, x, c, c, x.cos(), metric=metric)[1]
+    found = native.consistency_loss_and_gradient(F, x, c, c, x.cos(), metric=metric)[1]
+    for gradient in (leaf.grad, explicit, found):
+        assert torch.equal(gradient.isnan(), found.isnan()), metric
+    assert found[1, 7].isnan() and found[0].isfinite().all() and values[0].isfinite()

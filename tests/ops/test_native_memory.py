@@ -26,10 +26,9 @@ pytestmark = pytest.mark.skipif(
 def test_a_tensor_of_another_dtype_or_size_is_refused_before_memory_is_touched() -> None:
     key, out = KEY.tensor, torch.zeros(6)
 
-    def noise(out: Tensor, dtype: int, numel: int, key_dtype: int = 6) -> None:
-        packed = struct.pack(
-            "11q", 2, 3, 1, key.data_ptr(), key_dtype, 3, 0, 0, out.data_ptr(), dtype, numel
-        )
+    def noise(out: Tensor | None, dtype: int, numel: int, key_dtype: int = 6) -> None:
+        at = 0 if out is None else out.data_ptr()
+        packed = struct.pack("11q", 2, 3, 1, key.data_ptr(), key_dtype, 3, 0, 0, at, dtype, numel)
         function = library.pointwise("noise")
         assert function is not None
         function(packed)
@@ -40,7 +39,27 @@ def test_a_tensor_of_another_dtype_or_size_is_refused_before_memory_is_touched()
     for what, *wrong in (("size", 1, 5), ("dtype", 5, 6), ("dtype", 1, 6, 1)):
         with pytest.raises(library.Refused, match=f"noise: a tensor of the wrong {what}"):
             noise(out, *wrong)
+    with pytest.raises(library.Refused, match="noise: a tensor without memory"):
+        noise(None, 1, 6)
     assert torch.equal(out, kept)
+
+
+def test_noise_is_shared_by_closed_forms_only() -> None:
+    def loss(shared: int) -> None:
+        F, x, y, values, gradient = (torch.zeros(2, 3) for _ in range(5))
+        c = torch.ones(2)
+        float32 = [(t.data_ptr(), 1, t.numel()) for t in (F, x, c, y, gradient)]
+        stored, nothing = (0,) * 11, (0,) * 3  # no alpha, sigma, key, stream, first sample
+        packed = [2, 3, 1, *float32[0], *float32[1], *stored, *float32[2], *float32[2]]
+        packed += [*float32[3], *stored, shared, *nothing * 4, 0]
+        tail = [values.data_ptr(), 1, 2, *float32[4]]
+        function = library.pointwise("consistency_loss")
+        assert function is not None
+        function(struct.pack(f"{len(packed)}q2d6q", *packed, 0.0, 1.0, *tail))
+
+    loss(0)
+    with pytest.raises(library.Refused, match="noise that two tensors share is in closed form"):
+        loss(1)
 
 
 SCRIPT = """
