@@ -110,7 +110,24 @@ class PowerEMA:
         return (1.0 - 1.0 / k) ** (self.gamma + 1.0)
 
 
-Average = EMA | CurriculumEMA | PowerEMA
+@dataclass(frozen=True)
+class LastPhase:
+    """The weights as they were when the last phase of `steps` updates ended; before, the first.
+
+    Source: seed eq. 3-4, where each network is trained to the finished one before it.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"LastPhase steps must be >= 1, got {self.steps}")
+
+    def decay(self, step: Tensor) -> Tensor:
+        return ((step + 1) % self.steps != 0).double()
+
+
+Average = EMA | CurriculumEMA | PowerEMA | LastPhase
 
 
 @torch.no_grad()

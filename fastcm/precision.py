@@ -25,8 +25,8 @@ def autocast(net: Network, device_type: str) -> Network:
     float32 in any network, and averages that change in place need no second copy.
     """
 
-    def call(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def call(x: Tensor, t: Tensor, cond: Tensor | None = None, **second: Tensor) -> Tensor:
         with torch.autocast(device_type, torch.bfloat16):
-            return net(x.to(torch.bfloat16), t, cond)
+            return net(x.to(torch.bfloat16), t, cond, **second)
 
     return call

@@ -22,6 +22,7 @@ NOISE = 0
 TIME = 1
 DATA = 2
 CONDITION = 3
+LEVEL = 4
 SAMPLE = 16
 """First of the sampler's streams: evaluation j draws from ``SAMPLE + j``."""
 

@@ -184,24 +184,30 @@ def _check_std(std: float) -> None:
 
 
 def draw_interval(
-    u: Tensor, n: Tensor | int, grid: Grid, path: Path, sampler: TimeSampler | None = None
+    u: Tensor,
+    n: Tensor | int,
+    grid: Grid,
+    path: Path,
+    sampler: TimeSampler | None = None,
+    skip: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Neighbouring grid times (t, s) = (t_k, t_{k-1}), float64 ``[B]``.
+    """Grid times (t, s) = (t_k, t_{k - skip}), neighbours unless skip > 1; float64 ``[B]``.
 
     Args:
         u: uniforms in (0, 1), float64 ``[B]``.
         n: number of intervals, int or 0-d tensor.
-        sampler: None draws k uniformly from 1..n; else k is the interval that a time of this
-            density falls into.
+        sampler: None draws k uniformly from skip..n; else k is the interval that a time of this
+            density falls into, and at least skip.
+        skip: intervals from t down to s, 1 <= skip <= n.
     """
     if sampler is None:
-        k = (u * n).floor() + 1
+        k = (u * (n - skip + 1)).floor() + skip
     else:
         k = grid.index(sampler(u, path.t_min, path.t_max), n, path).ceil()
-    k = k.clamp_min(1)
+    k = k.clamp_min(skip)
     # a number is clamped to as it is: made a tensor it would wait for the device
     k = torch.minimum(k, n.double()) if isinstance(n, Tensor) else k.clamp_max(n)
-    return grid.time(k, n, path), grid.time(k - 1, n, path)
+    return grid.time(k, n, path), grid.time(k - skip, n, path)
 
 
 def sampling_times(grid: Grid, steps: int, path: Path) -> list[float]:

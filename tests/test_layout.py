@@ -33,10 +33,11 @@ ORDER = (
 FLOOR = {wing: floor for floor, wings in enumerate(ORDER) for wing in wings}
 MATHS = ORDER[1]
 NAMES = {
-    "AdamW", "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyTraining",
-    "CurriculumEMA", "Dataset", "EMA", "FlowMatching", "Linear", "Loss", "NoiseKey",
-    "NonFiniteError", "Parameterization", "PowerEMA", "RAdam", "Rescaled", "Sampler", "Trainer",
-    "TrigFlow", "VarianceExploding", "VariancePreserving", "editing", "evaluation",
+    "AdamW", "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyFlowMatching",
+    "ConsistencyTraining", "CurriculumEMA", "Dataset", "EMA", "EasyConsistency", "FlowMatching",
+    "LastPhase", "Linear", "Loss", "NoiseKey", "NonFiniteError", "Parameterization", "PowerEMA",
+    "RAdam", "Rescaled", "Sampler", "Shortcut", "Stepwise", "Trainer", "TrigFlow", "VarianceExploding",
+    "VariancePreserving", "editing", "evaluation",
     "export_sampler", "losses", "networks", "ops", "pictures", "posthoc", "rng", "sampling",
     "schedules", "warmup_cosine",
 }  # fmt: skip

@@ -39,12 +39,17 @@ def evaluate(
         table.add_row(name, str(calls), f"{distance[0]:.4f}", f"{distance[1]:.4f}")
 
     row("training data", "-", train_data.x)
-    for method, numbers in (("multistep", steps), ("ode", ode)):
+    method = runs.sampling_method(run)
+    two_times = method == "flow-map"
+    few = method if two_times else "multistep"
+    for method, numbers in ((few, steps), ("ode", [] if two_times else ode)):
         for number in numbers:
             sampler = Sampler.from_run(run, steps=number, method=method, ema=ema)
             x = sampler(count, seed=seed, cond=runs.labels(sampler, count))
             row(method, number, x)
     console.print(table)
+    if two_times:  # it has no consistency function
+        return
     sampler = Sampler.from_run(run, ema=ema)
     gap = consistency_gap(
         sampler.net, sampler.parameterization, held_out.x, seed=seed, cond=held_out.labels

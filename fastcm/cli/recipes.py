@@ -9,17 +9,30 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fastcm import data, losses, networks, paths, schedules
 from fastcm.data import Dataset
 from fastcm.ema import EMA
-from fastcm.objectives import ConsistencyDistillation, ConsistencyTraining, FlowMatching, Objective
-from fastcm.optim import AdamW
+from fastcm.objectives import (
+    ConsistencyDistillation,
+    ConsistencyFlowMatching,
+    ConsistencyTraining,
+    EasyConsistency,
+    FlowMatching,
+    Objective,
+    Shortcut,
+    Stepwise,
+)
+from fastcm.optim import AdamW, RAdam
 from fastcm.parameterization import Parameterization
 from fastcm.sampling import Sampler
+from fastcm.sampling.engine import Method
 from fastcm.training import Trainer, warmup_cosine
+from fastcm.training.lr import restarted
 
-METHODS = ("flow", "ct", "cd")
+METHODS = ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "cd")
+TWO_TIMES = ("shortcut",)
 PATHS: dict[str, paths.Path] = {
     "linear": paths.Linear(),
     "ve": paths.VarianceExploding(),
@@ -54,6 +67,29 @@ CURRICULA: dict[str, Callable[[int], schedules.Curriculum]] = {
     "ict": schedules.ICTCurriculum,
 }
 
+METHODS_WITH: dict[str, tuple[str, ...]] = {
+    "condition_dropout": ("flow",),
+    "times": ("flow", "ct", "ict", "shortcut", "cfm", "cd"),
+    "weight": ("flow", "stepwise", "ct", "ict", "ect", "cd"),
+    "segments": ("cfm",),
+    "grid": ("stepwise", "ct", "ict", "cd"),
+    "intervals": ("stepwise", "ct", "cd"),
+    "target_ema": ("ct", "shortcut", "cfm", "cd"),
+    "init": ("flow", "stepwise", "ct", "ict", "ect", "cfm"),
+    "teacher": ("cd",),
+    "guidance": ("cd",),
+    "solver": ("cd",),
+    "skip": ("cd",),
+}
+"""The options that not every method has."""
+
+
+def sampling_method(objective: str) -> Method:
+    """How samples are drawn from what an objective of this name trains."""
+    if objective in ("FlowMatching", "ConsistencyFlowMatching"):
+        return "ode"
+    return "flow-map" if objective == "Shortcut" else "multistep"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -72,7 +108,7 @@ class Recipe:
     held_out: float = 0.2
     conditional: bool = False
     condition_dropout: float | None = None
-    path: str = "linear"
+    path: str | None = None
     prediction: str | None = None
     times: str | None = None
     metric: str | None = None
@@ -80,8 +116,12 @@ class Recipe:
     grid: str | None = None
     intervals: str | None = None
     target_ema: float | None = None
+    segments: int | None = None
+    init: str | None = None
     teacher: str | None = None
     guidance: float | None = None
+    solver: str | None = None
+    skip: int | None = None
     width: int | None = None
     lr: float | None = None
     warmup: int = 50
@@ -93,6 +133,8 @@ class Recipe:
     compile: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.path is None:
+            object.__setattr__(self, "path", "ve" if self.method == "ict" else "linear")
         for name, table in (
             ("method", METHODS),
             ("path", PATHS),
@@ -112,13 +154,8 @@ class Recipe:
             raise ValueError(f"--clip must be >= 0 (0 does not clip), got {self.clip}")
         if self.compile not in ("auto", "on", "off"):
             raise ValueError(f"--compile must be auto, on or off, got {self.compile!r}")
-        allowed = {
-            "flow": {"condition_dropout"},
-            "ct": {"grid", "intervals", "target_ema"},
-            "cd": {"grid", "intervals", "target_ema", "teacher", "guidance"},
-        }
-        for name in sorted(set().union(*allowed.values()) - allowed[self.method]):
-            if getattr(self, name) is not None:
+        for name, methods in METHODS_WITH.items():
+            if getattr(self, name) is not None and self.method not in methods:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} has no meaning for --method {self.method}")
         for name in ("condition_dropout", "guidance"):
@@ -153,6 +190,8 @@ class Recipe:
             description["in_channels"] = shape[0]
             if self.net == "dit":
                 description["size"] = list(shape[1:])
+        if self.method in TWO_TIMES:
+            description["two_times"] = True
         if self.width is not None:
             description["base_channels" if self.net == "unet" else "width"] = self.width
         if self.path in ("ve", "vp"):  # told 250 ln t or an index: of the embedding's scale
@@ -163,7 +202,7 @@ class Recipe:
 
     def objective(self, dataset: Dataset, teacher: Sampler | None) -> Objective:
         """The training method with its options."""
-        p = Parameterization(PATHS[self.path], cast(Any, self.prediction))
+        p = self.parameterization
         options: dict[str, Any] = {"parameterization": p}
         if self.times is not None:
             options["times"] = TIMES[self.times]
@@ -178,18 +217,53 @@ class Recipe:
             return FlowMatching(**options)
         if self.grid is not None:
             options["grid"] = GRIDS[self.grid]
+        if self.segments is not None:
+            options["segments"] = self.segments
         if self.target_ema is not None:
             options["target_average"] = EMA(self.target_ema)
+        if self.method == "stepwise":
+            return Stepwise(self.steps_per_phase, self.phases, **options)
+        if self.method == "ict":
+            return ConsistencyTraining.improved(self.steps, path=p.path, **options)
+        if self.method == "shortcut":
+            return Shortcut(**options)
+        if self.method == "cfm":
+            return ConsistencyFlowMatching(**options)
+        if self.method == "ect":
+            return EasyConsistency(double_every=max(self.steps // 8, 1), **options)
         if self.intervals is not None:
             options["discretization"] = self._discretization(self.intervals)
         if self.method == "ct":
             return ConsistencyTraining(**options)
+        for name in ("solver", "skip"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
         if self.guidance is not None:
             options["guidance"] = self.guidance
             options["null_condition"] = dataset.num_classes
         assert teacher is not None
         options["teacher_parameterization"] = teacher.parameterization
         return ConsistencyDistillation(teacher.net, **options)
+
+    @property
+    def parameterization(self) -> Parameterization:
+        """Of the network that is trained."""
+        return Parameterization(PATHS[cast(str, self.path)], cast(Any, self.prediction))
+
+    @property
+    def phases(self) -> int:
+        """Of stepwise training."""
+        try:
+            return int(self.intervals or 8)
+        except ValueError:
+            raise ValueError(
+                f"--intervals must be a number for --method stepwise, got {self.intervals!r}"
+            ) from None
+
+    @property
+    def steps_per_phase(self) -> int:
+        """Of stepwise training; the last phase takes what is left."""
+        return max(self.steps // self.phases, 1)
 
     def _discretization(self, value: str) -> int | schedules.Curriculum:
         if value in CURRICULA:
@@ -202,13 +276,24 @@ class Recipe:
             ) from None
 
     def trainer(self, directory: Path, **options: Any) -> Trainer:
-        """The trainer of this recipe; CD starts from the teacher's weights."""
+        """The trainer of this recipe; CD starts from the teacher's weights, others from --init."""
         dataset, _ = self.datasets()
         net = self.network(dataset)
         teacher = None
-        if self.teacher is not None:
-            teacher = self._load_teacher(dataset, net)
-        optimizer = AdamW(net.parameters(), self.lr_rate, weight_decay=0.0)
+        for option, run in (("teacher", self.teacher), ("init", self.init)):
+            if run is not None:
+                teacher = self._load(option, run, dataset, net)
+        schedule = warmup_cosine(self.warmup, self.steps, self.lr_floor)
+        if self.method == "stepwise":
+            every = self.steps_per_phase
+            schedule = restarted(
+                warmup_cosine(min(self.warmup, every // 4), every, self.lr_floor), every
+            )
+            options["keep_every"] = options.get("keep_every") or every
+        # iCT and ECT are defined with RAdam
+        optimizer: Optimizer = (RAdam if self.method in ("ict", "ect") else AdamW)(
+            net.parameters(), self.lr_rate, weight_decay=0.0
+        )
         return Trainer(
             net,
             self.objective(dataset, teacher),
@@ -217,7 +302,7 @@ class Recipe:
             batch_size=self.batch,
             seed=self.seed,
             averages=tuple(EMA(decay) for decay in self.ema),
-            lr_schedule=warmup_cosine(self.warmup, self.steps, self.lr_floor),
+            lr_schedule=schedule,
             max_grad_norm=self.clip or None,
             precision=cast(Any, self.precision),
             compile=cast(Any, {"auto": "auto", "on": True, "off": False}[self.compile]),
@@ -225,26 +310,27 @@ class Recipe:
             **options,
         )
 
-    def _load_teacher(self, dataset: Dataset, net: nn.Module) -> Sampler:
-        sampler = Sampler.from_run(cast(str, self.teacher))
+    def _load(self, option: str, run: str, dataset: Dataset, net: nn.Module) -> Sampler:
+        """The network of a run, whose weights `net` takes over."""
+        sampler = Sampler.from_run(run)
         theirs = sampler.parameterization
-        ours = Parameterization(PATHS[self.path], cast(Any, self.prediction))
+        ours = self.parameterization
         if sampler.shape != dataset.shape:
             raise ValueError(
-                f"--teacher {self.teacher} makes samples {list(sampler.shape or ())}, "
+                f"--{option} {run} makes samples {list(sampler.shape or ())}, "
                 f"the data has {list(dataset.shape)}"
             )
         # "cm" is EDM's preconditioning with the boundary shift: the weights carry over
         same = theirs.prediction in (ours.prediction, "edm" if ours.prediction == "cm" else None)
         if theirs.path != ours.path or not same:
             raise ValueError(
-                f"--teacher {self.teacher} was trained under {theirs}, the student under {ours}: "
+                f"--{option} {run} was trained under {theirs}, the student under {ours}: "
                 "give --path and --prediction that agree"
             )
         mine, wanted = (getattr(n, "description", None) for n in (net, sampler.net))
         if mine != wanted:
             raise ValueError(
-                f"--teacher {self.teacher} is {wanted}, the student {mine}: give the options that "
+                f"--{option} {run} is {wanted}, the student {mine}: give the options that "
                 "make them equal, since the student starts from the teacher's weights"
             )
         net.load_state_dict(sampler.net.state_dict())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcm.cli import recipes
 from fastcm.cli.recipes import Recipe
 from fastcm.data import Dataset, as_source
 from fastcm.runs import checkpoint
@@ -17,6 +18,7 @@ from fastcm.runs.checkpoint import RUN_STATE, load_newest
 from fastcm.runs.description import differences
 from fastcm.runs.lock import RunLock
 from fastcm.sampling import Sampler
+from fastcm.sampling.engine import Method
 
 RUN_FILE = "run.json"
 
@@ -73,6 +75,16 @@ def read_run(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
     return settings
+
+
+def sampling_method(directory: Path) -> Method:
+    """How samples are drawn from a run unless the user says otherwise.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `fastcm.sampling.Sampler.from_run`.
+    """
+    state = load_newest(directory, only=set(), requires=RUN_STATE)[0].state
+    return recipes.sampling_method(state["config"]["objective"]["type"])
 
 
 def of_run(directory: Path) -> Recipe:

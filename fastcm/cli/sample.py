@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import typer
 
-from fastcm.cli.runs import labels
+from fastcm.cli.runs import labels, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Sampler
@@ -21,7 +21,10 @@ def sample(
     out: Annotated[Path, typer.Option(help=".png (one grid), .npy, or a folder for many")],
     n: Annotated[int, typer.Option(help="how many")] = 64,
     steps: Annotated[int, typer.Option(help="network evaluations")] = 1,
-    method: Annotated[str, typer.Option(help="multistep or ode")] = "multistep",
+    method: Annotated[
+        str | None,
+        typer.Option(help="multistep, ode or flow-map; what suits the run if absent"),
+    ] = None,
     solver: Annotated[str, typer.Option(help="ode: euler, heun, ddim or dpmpp_2m")] = "euler",
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
@@ -44,8 +47,6 @@ def sample(
     A folder is filled batch by batch: the same command continues where it was stopped, and
     processes with ranges of their own (--first, --n) work on it side by side.
     """
-    if method != "ode" and solver != "euler":
-        raise ValueError("--solver has a meaning only with --method ode")
     if (out / CHECKPOINTS).exists():
         raise ValueError(f"--out {out} is the directory of a run, choose another")
     if out.suffix not in (".npy", ".png", ""):
@@ -53,6 +54,10 @@ def sample(
     if format is not None and out.suffix:
         raise ValueError(f"--format is that of the files in a folder, and --out {out} is one file")
     check_range(n, first)
+    if method is None:
+        method = sampling_method(run)
+    if method != "ode" and solver != "euler":
+        raise ValueError(f"--solver has a meaning only with --method ode, not {method}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = Sampler.from_run(
         run,

@@ -15,7 +15,6 @@ from rich.console import Console
 from fastcm.cli import recipes
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.runs import open_run
-from fastcm.objectives import FlowMatching
 from fastcm.sampling import Sampler
 from fastcm.training import Trainer
 from fastcm.training.trainer import Callback
@@ -27,13 +26,24 @@ def _names(table: Any) -> str:
     return ", ".join(table)
 
 
+def _option(name: str, text: str) -> Any:
+    """An option that only some methods have, in the help under their names."""
+    methods = ", ".join(recipes.METHODS_WITH[name])
+    return typer.Option(help=text, rich_help_panel=f"Options of {methods}")
+
+
 def train(
     out: Annotated[Path, typer.Option(help="directory of the run: checkpoints and metrics")],
     data: Annotated[
         str, typer.Option(help='"digits", a folder of images, .npy or .npz')
     ] = "digits",
     method: Annotated[
-        str, typer.Option(help="flow (ReFlow), ct (consistency training), cd")
+        str,
+        typer.Option(
+            help="flow (ReFlow), stepwise, ct (consistency training), ict (improved), "
+            "ect (easy: tunes a flow, --init), shortcut, cfm (consistency flow matching), "
+            "cd (distillation)"
+        ),
     ] = "ct",
     net: Annotated[str, typer.Option(help="mlp, unet or dit")] = "mlp",
     width: Annotated[int | None, typer.Option(help="of the network; its default if absent")] = None,
@@ -44,28 +54,38 @@ def train(
     held_out: Annotated[float, typer.Option(help="share of the data kept for evaluation")] = 0.2,
     conditional: Annotated[bool, typer.Option(help="train on the labels of the data")] = False,
     condition_dropout: Annotated[
-        float | None, typer.Option(help="flow: share of rows without label, for guidance")
+        float | None,
+        _option("condition_dropout", "share of rows without label, for guidance"),
     ] = None,
-    path: Annotated[str, typer.Option(help=_names(recipes.PATHS))] = "linear",
+    path: Annotated[
+        str | None, typer.Option(help=f"{_names(recipes.PATHS)} [ve for ict, else linear]")
+    ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="v, eps, x0, edm or cm; the path's own if absent")
     ] = None,
-    times: Annotated[
-        str | None, typer.Option(help=f"density of t: {_names(recipes.TIMES)}")
-    ] = None,
+    times: Annotated[str | None, _option("times", f"density of t: {_names(recipes.TIMES)}")] = None,
     metric: Annotated[str | None, typer.Option(help=_names(recipes.METRICS))] = None,
-    weight: Annotated[str | None, typer.Option(help=_names(recipes.WEIGHTS))] = None,
-    grid: Annotated[str | None, typer.Option(help=f"ct, cd: {_names(recipes.GRIDS)}")] = None,
+    weight: Annotated[str | None, _option("weight", _names(recipes.WEIGHTS))] = None,
+    grid: Annotated[str | None, _option("grid", _names(recipes.GRIDS))] = None,
     intervals: Annotated[
-        str | None, typer.Option(help="ct, cd: number of intervals [40], or curriculum cm, ict")
+        str | None,
+        _option("intervals", "how many [40], or a curriculum: cm, ict; of stepwise: phases [8]"),
     ] = None,
     target_ema: Annotated[
-        float | None, typer.Option(help="ct, cd: decay of the target network [0.9]")
+        float | None, _option("target_ema", "decay of the target network [0.9]")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="cd: directory of the teacher's run")] = None,
+    segments: Annotated[int | None, _option("segments", "straight pieces [2]")] = None,
+    init: Annotated[
+        str | None, _option("init", "directory of a run to start from, such as a flow")
+    ] = None,
+    teacher: Annotated[str | None, _option("teacher", "directory of the teacher's run")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="cd: weight of the teacher's guidance")
+        float | None, _option("guidance", "weight of the teacher's guidance")
     ] = None,
+    solver: Annotated[
+        str | None, _option("solver", "of the teacher: euler, heun or ddim [euler]")
+    ] = None,
+    skip: Annotated[int | None, _option("skip", "intervals in one step of the teacher [1]")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate [0.001]")] = None,
     warmup: Annotated[int, typer.Option(help="steps of linear warm-up")] = 50,
     lr_floor: Annotated[float, typer.Option(help="share of lr at the end of the cosine")] = 0.1,
@@ -137,14 +157,14 @@ def sample_pictures(directory: Path, every: int, *, seed: int = 0) -> Callback:
         if event != "step" or trainer.step % every:
             return
         p = trainer.objective.parameterization
-        flow = isinstance(trainer.objective, FlowMatching)
+        method = recipes.sampling_method(type(trainer.objective).__name__)
         classes = (trainer.metadata["network"] or {}).get("num_classes")
         labels = torch.arange(64) % classes if classes else None
         sampler = Sampler(
             trainer.ema_network(0),
             p,
-            steps=32 if flow else 1,
-            method="ode" if flow else "multistep",
+            steps=32 if method == "ode" else 1,
+            method=method,
             shape=trainer.metadata["shape"],
         )
         folder = directory / "samples"

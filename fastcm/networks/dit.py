@@ -67,6 +67,7 @@ class DiT(nn.Module):
         num_classes: labels are 0 .. num_classes - 1, num_classes is the null label; None for an
             unconditional network.
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
+        two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
     """
 
     position: Tensor
@@ -81,6 +82,7 @@ class DiT(nn.Module):
         num_heads: int = 6,
         num_classes: int | None = None,
         time_scale: float = 1000.0,
+        two_times: bool = False,
     ) -> None:
         super().__init__()
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -109,11 +111,12 @@ class DiT(nn.Module):
             "num_heads": num_heads,
             "num_classes": num_classes,
             "time_scale": time_scale,
+            **({"two_times": True} if two_times else {}),
         }
         self.shape = (in_channels, rows, columns)
         self.grid = (rows // patch, columns // patch)
         self.patch = patch
-        self.conditioning = Conditioning(width, num_classes, time_scale)
+        self.conditioning = Conditioning(width, num_classes, time_scale, two_times)
         self.input = nn.Linear(in_channels * patch**2, width)
         self.register_buffer("position", grid_embedding(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
@@ -123,14 +126,16 @@ class DiT(nn.Module):
         zero_init(self.modulation)
         zero_init(self.output)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """F of the shape of x ``[B, C, H, W]``, at times t ``[B]`` for labels cond ``[B]``."""
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        """F of the shape of x ``[B, C, H, W]`` at times t and s ``[B]`` for labels cond ``[B]``."""
         check_input(x, t, self.shape)
         (channels, _, _), (rows, columns), p = self.shape, self.grid, self.patch
         patches = x.reshape(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         # The float32 positions keep the residual stream in float32 under autocast.
         h = self.input(patches.flatten(3).flatten(1, 2)) + self.position
-        emb = self.conditioning(t, cond).to(h.dtype)
+        emb = self.conditioning(t, cond, s).to(h.dtype)
         for block in self.blocks:
             h = block(h, emb)
         scale, shift = self.modulation(emb)[:, None].chunk(2, -1)

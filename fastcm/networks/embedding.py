@@ -44,9 +44,12 @@ class Conditioning(nn.Module):
         num_classes: labels are 0 .. num_classes - 1, and num_classes is the null label; None for
             an unconditional network.
         time_scale: factor on t before the sinusoid.
+        two_times: whether there is a second time s <= t; at the start it changes nothing.
     """
 
-    def __init__(self, dim: int, num_classes: int | None, time_scale: float) -> None:
+    def __init__(
+        self, dim: int, num_classes: int | None, time_scale: float, two_times: bool = False
+    ) -> None:
         super().__init__()
         require_positive(dim=dim)
         if not (math.isfinite(time_scale) and time_scale > 0):
@@ -54,16 +57,29 @@ class Conditioning(nn.Module):
         self.time_scale = float(time_scale)
         self.fc1 = nn.Linear(_SINUSOID_DIM, dim)
         self.fc2 = nn.Linear(dim, dim)
+        self.gap: nn.Linear | None = None
+        if two_times:
+            self.gap = nn.Linear(_SINUSOID_DIM, dim)
+            zero_init(self.gap)
         self.classes: nn.Embedding | None = None
         if num_classes is not None:
             require_positive(num_classes=num_classes)
             self.classes = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        """``[B, dim]`` for times t and s ``[B]`` (default t) and labels cond ``[B]``."""
+        if self.gap is None and s is not None:
+            raise ValueError(
+                "s was given to a network of one time: construct it with two_times=True"
+            )
         with torch.autocast(device_type=t.device.type, enabled=False):
             h = sinusoid(t, _SINUSOID_DIM, self.time_scale)
             h = F.silu(F.linear(h, self.fc1.weight.float(), self.fc1.bias.float()))
             h = F.linear(h, self.fc2.weight.float(), self.fc2.bias.float())
+            if self.gap is not None:
+                gap = torch.zeros_like(t) if s is None else t - s
+                wave = sinusoid(gap, _SINUSOID_DIM, self.time_scale)
+                h = h + F.linear(wave, self.gap.weight.float(), self.gap.bias.float())
             if self.classes is None:
                 if cond is not None:
                     raise ValueError(

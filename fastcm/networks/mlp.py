@@ -36,6 +36,7 @@ class MLP(nn.Module):
         num_classes: labels are 0 .. num_classes - 1, num_classes is the null label; None for an
             unconditional network.
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
+        two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class MLP(nn.Module):
         depth: int = 4,
         num_classes: int | None = None,
         time_scale: float = 1000.0,
+        two_times: bool = False,
     ) -> None:
         super().__init__()
         require_positive(**{f"shape[{i}]": n for i, n in enumerate(shape)})
@@ -58,22 +60,25 @@ class MLP(nn.Module):
             "depth": depth,
             "num_classes": num_classes,
             "time_scale": time_scale,
+            **({"two_times": True} if two_times else {}),
         }
         self.shape = tuple(shape)
         size = math.prod(shape)
         cond_dim = width // 8
-        self.conditioning = Conditioning(cond_dim, num_classes, time_scale)
+        self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times)
         self.input = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, cond_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, size)
         zero_init(self.output)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """F of the shape of x ``[B, *shape]``, at times t ``[B]`` for labels cond ``[B]``."""
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        """F of the shape of x ``[B, *shape]``, at times t and s ``[B]`` for labels cond ``[B]``."""
         check_input(x, t, self.shape)
         h = self.input(x.flatten(1))
-        emb = self.conditioning(t, cond).to(h.dtype)
+        emb = self.conditioning(t, cond, s).to(h.dtype)
         for block in self.blocks:
             h = block(h, emb)
         out: Tensor = self.output(F.silu(self.norm(h)))

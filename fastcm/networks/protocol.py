@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 Network = Callable[..., Tensor]
-"""``net(x, t, cond) -> F``: x ``[B, ...]``, t ``[B]`` float32, F like x."""
+"""``net(x, t, cond) -> F``: x ``[B, ...]``, t ``[B]`` float32, F like x.
+
+Of two times it is ``net(x, t, cond, s=s)`` with s ``[B]``, s <= t: the mean velocity u(x, t, s) of
+the way down, x_s = x_t - (t - s) u; at s = t the velocity itself, and that without s, too.
+"""
 
 
 def check_output(name: str, F: Tensor, x: Tensor) -> Tensor:

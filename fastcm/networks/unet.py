@@ -104,6 +104,7 @@ class UNet(nn.Module):
             unconditional network.
         dropout: probability inside the residual blocks.
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
+        two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class UNet(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         time_scale: float = 1000.0,
+        two_times: bool = False,
     ) -> None:
         super().__init__()
         require_positive(
@@ -146,6 +148,7 @@ class UNet(nn.Module):
             "num_classes": num_classes,
             "dropout": dropout,
             "time_scale": time_scale,
+            **({"two_times": True} if two_times else {}),
         }
         self.in_channels = in_channels
         self.multiple = 2**last
@@ -157,7 +160,7 @@ class UNet(nn.Module):
         ) -> Block:
             return Block(i, o, cond_dim, dropout=dropout, num_heads=heads, resample=resample)
 
-        self.conditioning = Conditioning(cond_dim, num_classes, time_scale)
+        self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times)
         self.input = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         channels, skips = base_channels, [base_channels]
         self.down = nn.ModuleList()
@@ -188,15 +191,17 @@ class UNet(nn.Module):
         self.output = nn.Conv2d(channels, in_channels, 3, padding=1)
         zero_init(self.output)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """F of the shape of x ``[B, C, H, W]``, at times t ``[B]`` for labels cond ``[B]``."""
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        """F of the shape of x ``[B, C, H, W]`` at times t and s ``[B]`` for labels cond ``[B]``."""
         check_input(x, t, (self.in_channels, None, None))
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             raise ValueError(
                 f"height and width of x must be multiples of {self.multiple}, got {list(x.shape)}"
             )
         h = self.input(x)
-        emb = self.conditioning(t, cond).to(h.dtype)
+        emb = self.conditioning(t, cond, s).to(h.dtype)
         skips = [h]
         for block in self.down:
             h = block(h, emb)

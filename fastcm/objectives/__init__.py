@@ -7,5 +7,11 @@ from fastcm.objectives.base import Objective as Objective
 from fastcm.objectives.consistency_distillation import (
     ConsistencyDistillation as ConsistencyDistillation,
 )
+from fastcm.objectives.consistency_flow_matching import (
+    ConsistencyFlowMatching as ConsistencyFlowMatching,
+)
 from fastcm.objectives.consistency_training import ConsistencyTraining as ConsistencyTraining
+from fastcm.objectives.easy_consistency import EasyConsistency as EasyConsistency
 from fastcm.objectives.flow_matching import FlowMatching as FlowMatching
+from fastcm.objectives.shortcut import Shortcut as Shortcut
+from fastcm.objectives.stepwise import Stepwise as Stepwise

@@ -52,6 +52,13 @@ class Loss(NamedTuple):
         )
         return cls(mean, values, None if gradient is None else F, gradient)
 
+    def plus(self, other: Loss) -> Loss:
+        """The sum of two losses of one network output."""
+        mean, values = self.mean + other.mean, self.per_sample + other.per_sample
+        if self.gradient is None or other.gradient is None:
+            return Loss(mean, values)
+        return Loss(mean, values, self.output, self.gradient + other.gradient)
+
     def backward(self, share: float = 1.0) -> None:
         """Add the gradients of `share` times the mean to the parameters behind it."""
         if self.output is None or self.gradient is None:
@@ -116,6 +123,10 @@ class Batch:
         if closed:
             return self._noising(closed, self.input_dtype)
         return tuple(self._scaled(p.c_in(t), x) for t, x in states if isinstance(x, Tensor))
+
+    def stored(self, *coefficients: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """alpha x0 + sigma z for one or two (alpha, sigma), float32 tensors."""
+        return self._noising(coefficients, torch.float32)
 
     def _scaled(self, c_in: Tensor | None, x: Tensor) -> Tensor:
         return (x if c_in is None else lift(c_in, x) * x).to(self.input_dtype)

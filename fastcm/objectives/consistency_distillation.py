@@ -1,8 +1,9 @@
-"""Consistency distillation: a teacher's Euler step leads to the point of the target network."""
+"""Consistency distillation: a teacher's solver leads to the point of the target network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +15,39 @@ from fastcm.networks.protocol import Network, check_output, unconditional
 from fastcm.objectives.base import Batch, Loss, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
-from fastcm.parameterization import Parameterization
-from fastcm.schedules import Curriculum, Grid, TimeSampler, UniformGrid, draw_interval, intervals
+from fastcm.parameterization import Parameterization, Rescaled
+from fastcm.paths import VarianceExploding
+from fastcm.schedules import (
+    CMCurriculum,
+    Curriculum,
+    Grid,
+    TimeSampler,
+    UniformGrid,
+    draw_interval,
+    intervals,
+)
 
 
 @dataclass(frozen=True)
 class ConsistencyDistillation:
-    """f_theta(x_t, t) against f_ema(xhat_s, s), xhat_s = x_t - (t - s) v_teacher(x_t, t).
+    """f_theta(x_t, t) against f_ema(xhat_s, s), where the teacher's ODE leads from x_t to xhat_s.
 
     Args:
         teacher: network of a pretrained flow or diffusion model; frozen here.
         parameterization: of the student.
-        teacher_parameterization: default the student's; it must share the student's path (wrap the
-            teacher in `Rescaled` to serve another).
+        teacher_parameterization: default the student's; a teacher of another path is wrapped in
+            `Rescaled`.
+        solver: of the teacher's step: "euler", x_t - (t - s) v_teacher(x_t, t), the seed's; "heun",
+            two evaluations, the one of the consistency models' own recipe; "ddim", for teachers on
+            `VariancePreserving` (also the first step of DPM-Solver++).
+        skip: intervals of the grid from t down to s in one step of the solver; LCM: 20 of 1,000.
         discretization, grid, times, metric, weight, target_average: see `ConsistencyTraining`.
         guidance: weight w of v_u + w (v_c - v_u), evaluated as one batch of conditional and
             unconditional rows; None uses the conditional velocity alone.
         null_condition: what stands for "no condition" under guidance: a label or a tensor.
 
-    Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance: Luo et al. 2023 (LCM).
+    Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance, skipping and DDIM: Luo et al.
+    2023 (LCM), section 4.
     """
 
     teacher: nn.Module = field(repr=False)
@@ -46,17 +61,32 @@ class ConsistencyDistillation:
     target_average: Average | None = EMA(0.9)
     guidance: float | None = None
     null_condition: Tensor | int | None = None
+    solver: Literal["euler", "heun", "ddim"] = "euler"
+    skip: int = 1
 
     def __post_init__(self) -> None:
         check_consistency(self.parameterization, self.discretization)
+        check_skip(self.discretization, self.skip)
         if not isinstance(self.teacher, nn.Module):
             raise TypeError(f"teacher must be an nn.Module, got {type(self.teacher).__name__}")
-        theirs = self.teacher_parameterization
-        if theirs is not None and theirs.path != self.parameterization.path:
-            raise ValueError(
-                f"teacher path {theirs.path} differs from the student's "
-                f"{self.parameterization.path}; wrap the teacher in fastcm.Rescaled to serve it"
+        ours, theirs = self.parameterization, self.teacher_parameterization or self.parameterization
+        if theirs.path != ours.path:
+            serves = Parameterization(
+                ours.path, "edm" if isinstance(ours.path, VarianceExploding) else "v"
             )
+            object.__setattr__(self, "teacher", Rescaled(self.teacher, theirs, serves))
+            theirs = serves
+        object.__setattr__(self, "teacher_parameterization", theirs)
+        if self.solver not in ("euler", "heun", "ddim"):
+            raise ValueError(f"solver must be euler, heun or ddim, got {self.solver!r}")
+        if self.solver == "heun":
+            start = torch.tensor([ours.path.t_min], dtype=torch.float64, device="cpu")
+            at = theirs.coefficients(start)
+            if not (at.c.isfinite() & at.d.isfinite()).all():
+                raise ValueError(
+                    f"solver 'heun' needs the velocity at t_min, which {theirs} does not have: "
+                    "take 'ddim'"
+                )
         if self.guidance is not None and self.null_condition is None:
             raise ValueError("guidance needs null_condition, got None")
         self.teacher.requires_grad_(False).eval()
@@ -70,7 +100,7 @@ class ConsistencyDistillation:
         """The loss of one batch; see `Objective`."""
         p = self.parameterization
         n = intervals(self.discretization, batch.key.step)
-        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
+        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times, self.skip)
         (x_t,) = batch.states(p, t)
         (input_t,) = batch.network_inputs(p, (t, x_t))
         at_t, at_s = p.coefficients(t), p.coefficients(s)
@@ -95,29 +125,52 @@ class ConsistencyDistillation:
 
         c_in belongs to the path, so the student's input serves the teacher.
         """
-        p = self.parameterization
-        q = self.teacher_parameterization or p
+        p, q = self.parameterization, self.teacher_parameterization
+        assert q is not None
         at, dt = q.coefficients(t), t - s
-        c_noise, cond, teacher = q.c_noise(t), batch.cond, batch.network(self.teacher)
-        F_uncond = weight = None
-        if self.guidance is None:
-            F = check_output("teacher", teacher(input_t, c_noise, cond), input_t)
-        elif cond is None:
-            raise ValueError("guidance needs a batch with cond, got cond=None")
+        to_input: dict[str, Any] = {"input_scale": p.c_in(s), "input_dtype": batch.input_dtype}
+        if self.solver == "ddim":
+            (alpha, sigma, _, _), (alpha_s, sigma_s, _, _) = p.path.at(t), p.path.at(s)
+            keep = sigma_s / sigma
+            gain = alpha_s - keep * alpha  # of the denoiser
+            scale, factor = keep + gain * at.a, -gain * at.b
         else:
-            inputs = torch.cat([input_t, input_t])
-            conds = torch.cat([cond, unconditional(cond, self.null_condition)])
-            both = check_output("teacher", teacher(inputs, c_noise.repeat(2), conds), inputs)
-            F, F_uncond = both.chunk(2)
-            weight = torch.full_like(t, self.guidance)
+            scale, factor = 1.0 - dt * at.c, dt * at.d
+        F, F_uncond, weight = self._evaluated(batch, q.c_noise(t), input_t)
         x_s, input_s = ops.euler_step(
-            x_t,
-            F,
-            dt * at.d,
-            v_uncond=F_uncond,
-            guidance=weight,
-            scale=1.0 - dt * at.c,
-            input_scale=p.c_in(s),
-            input_dtype=batch.input_dtype,
+            x_t, F, factor, v_uncond=F_uncond, guidance=weight, scale=scale, **to_input
         )
+        if self.solver != "heun":
+            return x_s, input_s
+        F, F_uncond, weight = self._evaluated(batch, q.c_noise(s), input_s)
+        if F_uncond is not None and weight is not None:
+            F = ops.boundary(F, F_uncond, weight, 1.0 - weight)
+        # x_t - dt (v_t + v_s) / 2 = (x_t + x_s - dt v_s) / 2 with Euler's x_s
+        at = q.coefficients(s)
+        y = ops.boundary(x_s, F, 0.5 * (1.0 - dt * at.c), -0.5 * dt * at.d)
+        one = torch.ones_like(t)
+        x_s, input_s = ops.euler_step(x_t, y, -one, scale=0.5 * one, **to_input)
         return x_s, input_s
+
+    def _evaluated(
+        self, batch: Batch, c_noise: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The teacher's output with and without condition, and the weight of guidance ``[B]``."""
+        cond, teacher = batch.cond, batch.network(self.teacher)
+        if self.guidance is None:
+            return check_output("teacher", teacher(x, c_noise, cond), x), None, None
+        if cond is None:
+            raise ValueError("guidance needs a batch with cond, got cond=None")
+        inputs = torch.cat([x, x])
+        conds = torch.cat([cond, unconditional(cond, self.null_condition)])
+        both = check_output("teacher", teacher(inputs, c_noise.repeat(2), conds), inputs)
+        F, F_uncond = both.chunk(2)
+        weight = torch.full(x.shape[:1], self.guidance, dtype=torch.float64, device=x.device)
+        return F, F_uncond, weight
+
+
+def check_skip(n: int | Curriculum, skip: int) -> None:
+    """Raise ValueError unless every grid of the discretization has `skip` intervals."""
+    fewest = n if isinstance(n, int) else n.s0 - isinstance(n, CMCurriculum)
+    if not 1 <= skip <= fewest:
+        raise ValueError(f"skip must be in 1..{fewest}, the intervals of {n}, got {skip}")

@@ -34,7 +34,7 @@ def _inner(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def weights(stored: Sequence[Profile], wanted: Profile) -> Tensor:
-    """Weights of the stored averages whose sum is closest to the wanted profile.
+    """Weights of the stored averages whose sum is closest to the wanted profile; they add to 1.
 
     Args:
         stored: (updates, average) of each snapshot; no two alike.
@@ -62,7 +62,8 @@ def weights(stored: Sequence[Profile], wanted: Profile) -> Tensor:
     gram = _inner((ends[:, None], gammas[:, None]), (ends, gammas))
     # close snapshots make nearly equal rows: least squares, not an inverse
     found = torch.linalg.lstsq(gram, _inner((ends, gammas), (end, gamma)), driver="gelsd")
-    solution: Tensor = found.solution
+    # a weight that never changed is its own average
+    solution: Tensor = found.solution / found.solution.sum()
     return solution
 
 

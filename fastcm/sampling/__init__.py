@@ -11,6 +11,7 @@ from fastcm.sampling.export import export_sampler as export_sampler
 from fastcm.sampling.functions import SOLVERS as SOLVERS
 from fastcm.sampling.functions import Constraint as Constraint
 from fastcm.sampling.functions import SolverName as SolverName
+from fastcm.sampling.functions import flow_map as flow_map
 from fastcm.sampling.functions import multistep as multistep
 from fastcm.sampling.functions import ode as ode
 from fastcm.sampling.functions import one_step as one_step

@@ -16,9 +16,10 @@ from fastcm.parameterization import Parameterization
 from fastcm.precision import Precision, autocast
 from fastcm.rng import NoiseKey
 from fastcm.sampling import solvers
-from fastcm.sampling.functions import SolverName, multistep, ode
+from fastcm.sampling.functions import SolverName, flow_map, multistep, ode
 
 Graph = Literal["auto", "on", "off"]
+Method = Literal["multistep", "ode", "flow-map"]
 
 WHOLE = 8
 """Evaluations up to which a batch is one graph; of more, each evaluation is replayed."""
@@ -33,7 +34,7 @@ class Engine:
         p: Parameterization,
         times: Sequence[float],
         *,
-        method: Literal["multistep", "ode"],
+        method: Method,
         solver: SolverName,
         null_condition: Tensor | int | None,
         device: torch.device,
@@ -107,9 +108,16 @@ class Engine:
                 self._network, shape, weights, key.to(self._device, non_blocking=True), cond
             )
 
-    def _replayed(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    def _replayed(
+        self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None = None
+    ) -> Tensor:
         assert self._cache is not None
-        return self._cache("network", self._network, x, t, cond)
+        if s is None:
+            return self._cache("network", self._network, x, t, cond)
+        return self._cache("two times", self._of_two_times, x, t, cond, s)
+
+    def _of_two_times(self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor) -> Tensor:
+        return self._network(x, t, cond, s=s)
 
     def _run(
         self,
@@ -140,6 +148,8 @@ class Engine:
             "null_condition": self._null,
             "levels": self._levels,
         }
+        if self._method == "flow-map":
+            return flow_map(net, self._p, z, **settings)
         if self._method == "ode":
             return ode(net, self._p, z, solver=self._solver, **settings)
         return multistep(net, self._p, z, key, **settings)

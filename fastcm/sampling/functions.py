@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcm import ops, rng
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
-from fastcm.paths import Path
+from fastcm.paths import Linear, Path
 from fastcm.rng import NoiseKey
 from fastcm.sampling import solvers
 from fastcm.sampling.guidance import Guidance as Guidance
@@ -177,6 +177,57 @@ def ode(
         return torch.empty_like(z)
     levels = _levels(p, times, levels)
     return SOLVERS[solver](evaluate, _first_state(z, levels[0]), levels)
+
+
+def flow_map(
+    net: Network,
+    path: Path | Parameterization,
+    z: Tensor,
+    *,
+    times: Sequence[float],
+    cond: Tensor | None = None,
+    guidance: Guidance | None = None,
+    null_condition: Tensor | int | None = None,
+    levels: Sequence[solvers.Level] | None = None,
+) -> Tensor:
+    """Walk down with a network of two times: x_s = x_t - (t - s) u(x_t, t, s).
+
+    Args:
+        net: ``net(x, t, cond, s=s) -> u``.
+        path: `Linear`, with prediction "v".
+        times: descending, in (0, 1]; 0 is appended as the end. One evaluation each.
+        z, cond, guidance, null_condition, levels: see `multistep`.
+
+    Returns:
+        Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
+
+    Raises:
+        ValueError, TypeError: another path; see `multistep`.
+
+    Source: Frans et al. 2024, "One step diffusion via shortcut models", algorithm 2.
+    """
+    p = as_parameterization(path)
+    check_flow_map(p)
+    check_descending(p.path, times, fresh_noise=False)
+    ends = [*times[1:], p.path.t_min]
+    evaluate = evaluator(
+        net, p, z, times, cond=cond, guidance=guidance, null_condition=null_condition, ends=ends
+    )
+    if z.shape[0] == 0:
+        return torch.empty_like(z)
+    levels = _levels(p, times, levels)
+    x = _first_state(z, levels[0])
+    for i, (at, to) in enumerate(pairwise(levels)):
+        x = evaluate(x, i).map(x, 1.0, to.t - at.t)
+    return x
+
+
+def check_flow_map(p: Parameterization) -> None:
+    """Raise ValueError unless the network's output is the velocity dx/dt."""
+    if not isinstance(p.path, Linear) or p.prediction != "v":
+        raise ValueError(
+            f"a network of two times predicts 'v' on Linear, got {p.prediction!r} on {p.path}"
+        )
 
 
 def search_times(

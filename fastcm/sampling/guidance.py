@@ -94,6 +94,7 @@ def evaluator(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    ends: Sequence[float] | None = None,
 ) -> Evaluate:
     """The network at the given times, one call per evaluation.
 
@@ -107,6 +108,7 @@ def evaluator(
             are evaluated alone.
         null_condition: what stands for "no condition": a label, or a tensor that broadcasts to
             `cond`.
+        ends: the second time of each evaluation, for a network of two times.
 
     Returns:
         ``evaluate(x, i) -> Guided`` for x ``[B, ...]`` at ``times[i]``. The network's t is float32,
@@ -126,7 +128,8 @@ def evaluator(
 
     def evaluate(x: Tensor, i: int) -> Guided:
         t = torch.full(x.shape[:1], times[i], dtype=torch.float64, device=x.device)
-        return _call(net, p, x, t, cond, both, weights[i])
+        s = None if ends is None else torch.full_like(t, ends[i])
+        return _call(net, p, x, t, cond, both, weights[i], s)
 
     return evaluate
 
@@ -163,14 +166,16 @@ def _call(
     cond: Tensor | None,
     both: Tensor | None = None,
     weight: float = 1.0,
+    s: Tensor | None = None,
 ) -> Guided:
     c_in = p.c_in(t)
     inputs = x if c_in is None else lift(c_in, x) * x
-    told = p.path.c_noise(t) if x.dtype == torch.float64 else p.c_noise(t)
+    c_noise = p.path.c_noise if x.dtype == torch.float64 else p.c_noise
+    told, second = c_noise(t), {} if s is None else {"s": c_noise(s)}
     if both is None or weight == 1.0:
-        return Guided(check_output("net", net(inputs, told, cond), inputs))
-    inputs = torch.cat([inputs, inputs])
-    F = check_output("net", net(inputs, told.repeat(2), both), inputs)
+        return Guided(check_output("net", net(inputs, told, cond, **second), inputs))
+    inputs, second = torch.cat([inputs, inputs]), {k: v.repeat(2) for k, v in second.items()}
+    F = check_output("net", net(inputs, told.repeat(2), both, **second), inputs)
     F_cond, F_uncond = F.chunk(2)
     return Guided(F_cond, F_uncond, weight)
 

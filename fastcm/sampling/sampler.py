@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path as FilePath
-from typing import Literal, SupportsIndex
+from typing import SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,14 @@ from fastcm.progress import Progress
 from fastcm.rng import NoiseKey, check_key
 from fastcm.runs import checkpoint
 from fastcm.runs.description import parameterization_from
-from fastcm.sampling.engine import Engine, Graph, batches, padded
-from fastcm.sampling.functions import SOLVERS, SolverName, as_parameterization, check_descending
+from fastcm.sampling.engine import Engine, Graph, Method, batches, padded
+from fastcm.sampling.functions import (
+    SOLVERS,
+    SolverName,
+    as_parameterization,
+    check_descending,
+    check_flow_map,
+)
 from fastcm.sampling.guidance import Guidance, check_rows, guidance_weights
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
@@ -38,7 +44,8 @@ class Sampler:
         path: the path, or path and prediction type.
         steps: number of network evaluations of the multi-step sampler, or of Euler steps.
         times: the descending evaluation times, instead of steps.
-        method: "multistep" (one step with steps=1) or "ode".
+        method: "multistep" (one step with steps=1), "ode", or "flow-map" for a network of two
+            times.
         solver: of the ODE: "euler", "heun", "ddim" or "dpmpp_2m"; see `fastcm.sampling.ode`.
         grid: where the times of `steps` lie.
         shape: of one sample; needed to call the sampler with a number.
@@ -66,7 +73,7 @@ class Sampler:
         *,
         steps: int | None = None,
         times: Sequence[float] | None = None,
-        method: Literal["multistep", "ode"] = "multistep",
+        method: Method = "multistep",
         solver: SolverName = "euler",
         grid: Grid = UniformGrid(),
         shape: Sequence[int] | None = None,
@@ -81,7 +88,7 @@ class Sampler:
         if steps is not None and times is not None:
             raise ValueError("give steps or times, not both")
         for name, value, known in (
-            ("method", method, ("multistep", "ode")),
+            ("method", method, get_args(Method)),
             ("solver", solver, SOLVERS),
             ("graph", graph, ("auto", "on", "off")),
         ):
@@ -91,6 +98,8 @@ class Sampler:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.parameterization = as_parameterization(path)
+        if method == "flow-map":
+            check_flow_map(self.parameterization)
         self.times = (
             sampling_times(grid, 1 if steps is None else steps, self.parameterization.path)
             if times is None

@@ -46,6 +46,18 @@ def check_teacher(objective: Objective, net: nn.Module, device: torch.device) ->
         )
 
 
+def check_times(net: nn.Module, objective: Objective) -> None:
+    """An objective of two times needs a network of two times; a network of yours may be either."""
+    description = getattr(net, "description", None)
+    if description is None or not getattr(objective, "two_times", False):
+        return
+    if not description.get("two_times", False):
+        raise ValueError(
+            f"{type(objective).__name__} needs a network of two times: construct it with "
+            "two_times=True"
+        )
+
+
 def check_classes(net: nn.Module, source: object, objective: Objective) -> None:
     """A label of num_classes would be the null label, one beyond it an index out of range."""
     classes = getattr(net, "description", {}).get("num_classes")

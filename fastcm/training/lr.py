@@ -29,6 +29,16 @@ def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Schedule:
     return factor
 
 
+def restarted(schedule: Schedule, every: int) -> Schedule:
+    """`schedule`, begun anew after every so many steps."""
+
+    def factor(step: int) -> float:
+        return schedule(step % every)
+
+    factor.__qualname__ = f"restarted({getattr(schedule, '__qualname__', schedule)}, {every})"
+    return factor
+
+
 def constant(step: int) -> float:
     """Learning-rate factor 1."""
     return 1.0

@@ -160,7 +160,10 @@ def test_conditional_runs_draw_the_label_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--method", "ddpm"], "--method must be one of flow, ct, cd, got 'ddpm'"),
+        (
+            ["--method", "ddpm"],
+            "--method must be one of flow, stepwise, ct, ict, ect, shortcut, cfm, cd, got 'ddpm'",
+        ),
         (["--method", "flow", "--intervals", "40"], "--intervals has no meaning for --method flow"),
         (["--method", "ct", "--teacher", "x"], "--teacher has no meaning for --method ct"),
         (["--method", "cd"], "--method cd needs --teacher"),

@@ -17,6 +17,7 @@ from fastcm.precision import Precision
 from fastcm.runs.checkpoint import load
 
 NETWORKS = ["mlp", "unet", "dit"]
+FROM_DATA = ["flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm"]
 PRECISIONS = get_args(Precision)
 TINY = ["--data", "digits", "--width", "24", "--batch", "8", "--steps", "3", "--compile", "off"]
 
@@ -48,6 +49,10 @@ def trained(out: Path, *options: object) -> Path:
     return out
 
 
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / "step_000000003"
+
+
 def sampled(run: Path, *options: object) -> None:
     out = run / "x.npy"
     fastcm_("sample", run, "--n", 3, *options, "--out", out)
@@ -63,19 +68,42 @@ def teachers(here: Path) -> dict[str, Path]:
 
 
 def test_the_lists_are_complete() -> None:
-    assert set(METHODS) == {"flow", "ct", "cd"}
+    assert set(METHODS) == {*FROM_DATA, "cd"}
     assert set(NETWORKS) == set(networks._NETWORKS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("net", NETWORKS)
-@pytest.mark.parametrize("method", ["flow", "ct"])
+@pytest.mark.parametrize("method", FROM_DATA)
 def test_training_from_data(method: str, net: str, precision: str, here: Path) -> None:
     run = trained(
         here / f"{method}-{net}-{precision}",
         *("--method", method, "--net", net, "--precision", precision),
     )
     sampled(run, "--precision", precision)
+    sampled(run, "--precision", precision, "--steps", 2)
+
+
+@pytest.mark.parametrize("solver", ["heun", "ddim"])
+def test_teacher_solvers(solver: str, teachers: dict[str, Path], here: Path) -> None:
+    run = trained(
+        here / f"cd-{solver}",
+        *("--method", "cd", "--teacher", teachers["mlp"], "--conditional", "--guidance", 2.0),
+        *("--solver", solver, "--skip", 3),
+    )
+    sampled(run)
+
+
+@pytest.mark.parametrize("method", ["ect", "ct"])
+def test_a_run_that_starts_from_a_flow(method: str, teachers: dict[str, Path], here: Path) -> None:
+    run = trained(
+        here / f"{method}-init",
+        *("--method", method, "--init", teachers["mlp"], "--conditional", "--lr", 1e-9),
+    )
+    flow = load(newest(teachers["mlp"]), only={"average_0"}).groups["average_0"]
+    found = load(newest(run), only={"model"}).groups["model"]
+    for name, value in flow.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0])

@@ -222,7 +222,7 @@ def test_a_compiled_network_samples_alike() -> None:
         ({"graph": "on"}, "graph='on' needs a GPU"),
         ({"graph": "loop"}, "graph must be one of auto, on, off, got 'loop'"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
-        ({"method": "sde"}, "method must be one of multistep, ode, got 'sde'"),
+        ({"method": "sde"}, "method must be one of multistep, ode, flow-map, got 'sde'"),
         ({"solver": "rk4"}, "solver must be one of euler, heun, ddim, dpmpp_2m, got 'rk4'"),
     ],
 )
