@@ -235,7 +235,7 @@ def test_sampling_what_is_no_run_is_refused(tmp_path: Path, flow: Path) -> None:
     assert "no checkpoint in" in fastcm_("sample", tmp_path, "--out", x, fails=True)
     assert "--label needs a run" in fastcm_("sample", flow, "--label", 1, "--out", x, fails=True)
     assert "--solver has a meaning" in fastcm_(
-        "sample", flow, "--solver", "heun", "--out", x, fails=True
+        "sample", flow, "--method", "multistep", "--solver", "heun", "--out", x, fails=True
     )
     assert "--guidance needs a run" in fastcm_(
         "sample", flow, "--guidance", 2, "--out", x, fails=True
@@ -254,7 +254,8 @@ def test_every_recipe_option_changes_the_run_or_is_refused() -> None:
         "lr": 0.5, "warmup": 3, "lr_floor": 0.5, "ema": (0.5,), "clip": 2.0, "seed": 3,
         "precision": "bf16", "net": "unet",
     }  # fmt: skip
-    elsewhere = {"data", "size", "channels", "compile", "condition_dropout", "teacher", "guidance"}
+    elsewhere = {"data", "size", "channels", "compile", "condition_dropout"}
+    elsewhere |= {"teacher", "guidance", "solver", "skip", "init", "segments"}  # of other methods
     fields = set(recipes.Recipe.__dataclass_fields__)
     assert set(changes) | elsewhere == fields
 
