@@ -228,7 +228,8 @@ class Recipe:
         if self.method == "shortcut":
             return Shortcut(**options)
         if self.method == "cfm":
-            return ConsistencyFlowMatching(**options)
+            # the paper's steps of 1e-3 pay only over some 100,000 steps of training
+            return ConsistencyFlowMatching(delta=0.02, velocity_weight=1e-3, **options)
         if self.method == "ect":
             return EasyConsistency(double_every=max(self.steps // 8, 1), **options)
         if self.intervals is not None:
