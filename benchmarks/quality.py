@@ -3,8 +3,9 @@
     python -m benchmarks.quality [--seconds 40] [--seeds 3] [--methods flow ct ...]
 
 Steps a second are measured first, the methods taking turns, and give each its number of steps: what
-else the machine does later changes no figure. A method that starts from a flow (`cd`, `ect`) gets
-half of the time, and a flow that was trained for the other half.
+else the machine does later changes no figure. A method that starts from a flow (`cd`, `ect`,
+`pairs`) gets half of the time, and a flow that was trained for the other half. The 4,096 pairs are
+solved by that flow in 50 steps, which is not counted.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ from typing import Any
 
 from benchmarks.harness import machine
 from fastcm.cli.recipes import METHODS, Recipe, sampling_method
+from fastcm.cli.sample_folder import sample_folder
 from fastcm.data import Dataset
 from fastcm.evaluation import frechet, sliced_wasserstein
 from fastcm.runs.checkpoint import replace_file
 from fastcm.sampling import Sampler
 
 RESULTS = Path(__file__).parent / "results" / "quality_cpu.json"
-FROM_FLOW = ("ect", "cd")
-EVALUATIONS = {"FlowMatching": (1, 2, 10, 50), "Stepwise": (1,)}
+FROM_FLOW = ("ect", "cd", "pairs")
+PAIRS, PAIR_STEPS = 4096, 50
+EVALUATIONS = {"FlowMatching": (1, 2, 10, 50), "Stepwise": (1,), "PairDistillation": (1,)}
 TURNS, TIMED = 3, 15
 
 
 def recipe(method: str, steps: int, seed: int, flow: Path) -> Recipe:
-    start: dict[str, Any] = {"cd": {"teacher": str(flow)}, "ect": {"init": str(flow)}}.get(
-        method, {}
-    )
+    start: dict[str, Any] = {
+        "cd": {"teacher": str(flow)},
+        "ect": {"init": str(flow)},
+        "pairs": {"init": str(flow), "data": f"{flow}-pairs"},
+    }.get(method, {})
     return Recipe(method=method, steps=steps, seed=seed, compile="off", **start)
 
 
@@ -41,10 +46,17 @@ def train(which: Recipe, out: Path) -> None:
     trainer.fit(which.steps)
 
 
+def make_pairs(flow: Path, count: int) -> None:
+    """Beside a flow; their time counts for nothing."""
+    sampler = Sampler.from_run(flow, steps=PAIR_STEPS, method="ode")
+    sample_folder(sampler, f"{flow}-pairs", count, format="pairs")
+
+
 def rates(methods: list[str], folder: Path) -> dict[str, float]:
     """Steps a second of each method, the best of some turns."""
     flow = folder / "rate-flow"
     train(recipe("flow", 2, 0, flow), flow)
+    make_pairs(flow, 512)
     trainers = {
         m: recipe(m, 1000, 0, flow).trainer(folder / f"rate-{m}-", log=lambda line: None)
         for m in methods
@@ -100,6 +112,8 @@ def main() -> None:
         for seed in range(options.seeds):
             flow = folder / f"start-{seed}"
             train(recipe("flow", int(0.5 * options.seconds * speed["flow"]), seed, flow), flow)
+            if "pairs" in options.methods:
+                make_pairs(flow, PAIRS)
             for method in options.methods:
                 share = 0.5 if method in FROM_FLOW else 1.0
                 which = recipe(method, int(share * options.seconds * speed[method]), seed, flow)

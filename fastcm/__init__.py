@@ -27,6 +27,7 @@ from fastcm.objectives import ConsistencyTraining as ConsistencyTraining
 from fastcm.objectives import EasyConsistency as EasyConsistency
 from fastcm.objectives import FlowMatching as FlowMatching
 from fastcm.objectives import Loss as Loss
+from fastcm.objectives import PairDistillation as PairDistillation
 from fastcm.objectives import Shortcut as Shortcut
 from fastcm.objectives import Stepwise as Stepwise
 from fastcm.optim import AdamW as AdamW

@@ -35,9 +35,9 @@ MATHS = ORDER[1]
 NAMES = {
     "AdamW", "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyFlowMatching",
     "ConsistencyTraining", "CurriculumEMA", "Dataset", "EMA", "EasyConsistency", "FlowMatching",
-    "LastPhase", "Linear", "Loss", "NoiseKey", "NonFiniteError", "Parameterization", "PowerEMA",
-    "RAdam", "Rescaled", "Sampler", "Shortcut", "Stepwise", "Trainer", "TrigFlow",
-    "VarianceExploding", "VariancePreserving", "editing", "evaluation",
+    "LastPhase", "Linear", "Loss", "NoiseKey", "NonFiniteError", "PairDistillation",
+    "Parameterization", "PowerEMA", "RAdam", "Rescaled", "Sampler", "Shortcut", "Stepwise",
+    "Trainer", "TrigFlow", "VarianceExploding", "VariancePreserving", "editing", "evaluation",
     "export_sampler", "losses", "networks", "ops", "pictures", "posthoc", "rng", "sampling",
     "schedules", "warmup_cosine",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from rich.table import Table
 from fastcm import __version__
 from fastcm.cli import demo, plot
 from fastcm.cli.evaluate import evaluate
+from fastcm.cli.pairs import pairs
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
@@ -30,6 +31,7 @@ console = Console()
 
 app.command()(train)
 app.command()(sample)
+app.command()(pairs)
 app.command()(evaluate)
 app.add_typer(plot.app, name="plot")
 

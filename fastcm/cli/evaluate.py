@@ -35,10 +35,10 @@ def evaluate(
     table = Table("samples", "evaluations", "sliced Wasserstein", "Frechet")
 
     def row(name: str, calls: object, x: torch.Tensor) -> None:
-        distance = sliced_wasserstein(x, held_out.x), frechet(x, held_out.x)
+        distance = sliced_wasserstein(x, held_out.samples), frechet(x, held_out.samples)
         table.add_row(name, str(calls), f"{distance[0]:.4f}", f"{distance[1]:.4f}")
 
-    row("training data", "-", train_data.x)
+    row("training data", "-", train_data.samples)
     method = runs.sampling_method(run)
     two_times = method == "flow-map"
     few = method if two_times else "multistep"
@@ -52,7 +52,7 @@ def evaluate(
         return
     sampler = Sampler.from_run(run, ema=ema)
     gap = consistency_gap(
-        sampler.net, sampler.parameterization, held_out.x, seed=seed, cond=held_out.labels
+        sampler.net, sampler.parameterization, held_out.samples, seed=seed, cond=held_out.labels
     )
     console.print(
         f"consistency gap over {len(gap.times)} intervals: mean {gap.mean:.4f}, sum {gap.sum:.3f}",

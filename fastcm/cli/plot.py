@@ -57,8 +57,8 @@ def trajectories(
         one_step = Sampler.from_run(distilled, steps=1)
         _check_plane("--flow", flow, "flow", ode)
         _check_plane("--distilled", distilled, "cd", one_step)
-        data, held_out = (part.x for part in runs.datasets(flow))
-        if not torch.equal(data, runs.datasets(distilled)[0].x):
+        data, held_out = (part.samples for part in runs.datasets(flow))
+        if not torch.equal(data, runs.datasets(distilled)[0].samples):
             raise ValueError(f"--distilled {distilled} was trained on other data than {flow}")
         _check_samples(samples, data)
     panels = plots.couplings(ode, one_step, data, held_out, n=samples, seed=seed)
@@ -149,7 +149,7 @@ def gap(
     }
     gaps = {
         name: consistency_gap(
-            sampler.net, sampler.parameterization, held_out.x, seed=seed, cond=held_out.labels
+            sampler.net, sampler.parameterization, held_out.samples, seed=seed, cond=held_out.labels
         )
         for name, (sampler, held_out) in found.items()
     }

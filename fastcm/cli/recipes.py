@@ -21,6 +21,7 @@ from fastcm.objectives import (
     EasyConsistency,
     FlowMatching,
     Objective,
+    PairDistillation,
     Shortcut,
     Stepwise,
 )
@@ -31,7 +32,7 @@ from fastcm.sampling.engine import Method
 from fastcm.training import Trainer, warmup_cosine
 from fastcm.training.lr import restarted
 
-METHODS = ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "cd")
+METHODS = ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "cd", "pairs")
 TWO_TIMES = ("shortcut",)
 PATHS: dict[str, paths.Path] = {
     "linear": paths.Linear(),
@@ -75,7 +76,7 @@ METHODS_WITH: dict[str, tuple[str, ...]] = {
     "grid": ("stepwise", "ct", "ict", "cd"),
     "intervals": ("stepwise", "ct", "cd"),
     "target_ema": ("ct", "shortcut", "cfm", "cd"),
-    "init": ("flow", "stepwise", "ct", "ict", "ect", "cfm"),
+    "init": ("flow", "stepwise", "ct", "ict", "ect", "cfm", "pairs"),
     "teacher": ("cd",),
     "guidance": ("cd",),
     "solver": ("cd",),
@@ -175,7 +176,9 @@ class Recipe:
         if self.conditional and whole.labels is None:
             raise ValueError(f"--conditional needs labels, and {self.data} has none")
         if not self.conditional:
-            whole = Dataset(whole.x)
+            whole = whole.without_labels()
+        if self.method == "pairs" and not whole.paired:
+            raise ValueError(f"--method pairs needs the folder of `fastcm pairs`, got {self.data}")
         return whole.split(self.held_out)
 
     def network(self, dataset: Dataset) -> nn.Module:
@@ -225,6 +228,8 @@ class Recipe:
             return Stepwise(self.steps_per_phase, self.phases, **options)
         if self.method == "ict":
             return ConsistencyTraining.improved(self.steps, path=p.path, **options)
+        if self.method == "pairs":
+            return PairDistillation(**options)
         if self.method == "shortcut":
             return Shortcut(**options)
         if self.method == "cfm":

@@ -74,9 +74,8 @@ def sample(
         raise ValueError("--guidance needs a run that was trained with --conditional")
     options: dict[str, Any] = {"seed": seed, "guidance": guidance}
     if not out.suffix:
-        found, _ = load_newest(run, only=set(), requires=RUN_STATE)
-        source = {"step": found.state["step"], "ema": ema, "precision": precision}
-        _fill(out, n, sampler, first=first, label=label, format=format, source=source, **options)
+        options |= {"format": format, "first": first, "label": label}
+        fill(run, out, n, sampler, ema=ema, precision=precision, **options)
         return
     cond = labels(sampler, n, label, first=first)
     x = sampler(n, first_sample=first, cond=cond, **options).cpu()
@@ -91,9 +90,13 @@ def sample(
     print(f"{n} samples of {list(x.shape[1:])} in {out}")
 
 
-def _fill(out: Path, n: int, sampler: Sampler, **options: Any) -> None:
-    """Draw into a folder, and say what was done."""
-    done = sample_folder(sampler, out, n, **options)
+def fill(
+    run: Path, out: Path, n: int, sampler: Sampler, *, ema: int, precision: str, **options: Any
+) -> None:
+    """Draw from a run into a folder, and say what was done."""
+    found, _ = load_newest(run, only=set(), requires=RUN_STATE)
+    source = {"step": found.state["step"], "ema": ema, "precision": precision}
+    done = sample_folder(sampler, out, n, source=source, **options)
     if n == 0:
         print(f"{out}: --n 0, nothing to draw, nothing written")
         return

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastcm.cli.runs import labels
+from fastcm.data.loading import PAIRS, SETTINGS
 from fastcm.evaluation import pictures
 from fastcm.progress import Progress
 from fastcm.rng import check_key
@@ -34,8 +35,7 @@ from fastcm.runs.files import WRITING, create_file, read_state, replace_file
 from fastcm.sampling import Sampler
 from fastcm.training.interrupt import StopSignals
 
-SETTINGS = "samples.json"
-FORMATS = ("png", "npz")
+FORMATS = ("png", "npz", PAIRS)
 _END = 2**32  # of the indices
 _NAME = re.compile(r"(\d+)(?:\.png|-(\d+)\.npz)")
 _LEFT_OVER = re.compile(rf"{re.escape(WRITING)}(.+)-(\d{{1,9}})")
@@ -88,7 +88,8 @@ def sample_folder(
         guidance: weight of guidance, or None.
         format: "png" (the default of images ``[1 | 3 | 4, H, W]``) or "npz": ``arr_0`` of images
             uint8 ``[b, H, W, C]``, of other samples float32 ``[b, ...]``; with labels ``arr_1``,
-            int64 ``[b]``.
+            int64 ``[b]``. "pairs": samples float32 ``x``, with ``labels``, whose noise follows
+            from the seed and their indices; see `fastcm.data.pairs`.
         source: what else defines the samples; JSON-able, recorded and compared.
 
     Raises:
@@ -124,7 +125,7 @@ def sample_folder(
         x = sampler(
             len(batch), seed=seed, first_sample=batch.start, cond=cond, guidance=guidance
         ).cpu()
-        x = pictures.to_uint8(x) if _is_image(x.shape[1:]) else x
+        x = pictures.to_uint8(x) if format != PAIRS and _is_image(x.shape[1:]) else x
         out.claim()  # not before: what the sampler refuses leaves no folder
         list(pool.map(lambda part: out.save(part, batch, x, cond), parts))
 
@@ -247,6 +248,13 @@ class _Folder:
         x = x[rows]
         if self.format == "png":
             data = pictures.png(x[0])
+        elif self.format == PAIRS:
+            buffer = io.BytesIO()
+            if cond is None:
+                np.savez(buffer, x=x.numpy())
+            else:
+                np.savez(buffer, x=x.numpy(), labels=cond[rows].numpy())
+            data = buffer.getvalue()
         else:
             arrays = [x.permute(0, 2, 3, 1).contiguous() if x.dtype == torch.uint8 else x]
             arrays += [] if cond is None else [cond[rows]]

@@ -12,9 +12,10 @@ import torch
 import typer
 from rich.console import Console
 
-from fastcm.cli import recipes
+from fastcm.cli import recipes, toml
 from fastcm.cli.recipes import Recipe
-from fastcm.cli.runs import open_run
+from fastcm.cli.runs import RUN_FILE, open_run
+from fastcm.runs.files import replace_file
 from fastcm.sampling import Sampler
 from fastcm.training import Trainer
 from fastcm.training.trainer import Callback
@@ -35,14 +36,14 @@ def _option(name: str, text: str) -> Any:
 def train(
     out: Annotated[Path, typer.Option(help="directory of the run: checkpoints and metrics")],
     data: Annotated[
-        str, typer.Option(help='"digits", a folder of images, .npy or .npz')
+        str, typer.Option(help='"digits", a folder of images or pairs, .npy or .npz')
     ] = "digits",
     method: Annotated[
         str,
         typer.Option(
             help="flow (ReFlow), stepwise, ct (consistency training), ict (improved), "
             "ect (easy: tunes a flow, --init), shortcut, cfm (consistency flow matching), "
-            "cd (distillation)"
+            "cd (distillation), pairs (of fastcm pairs)"
         ),
     ] = "ct",
     net: Annotated[str, typer.Option(help="mlp, unet or dit")] = "mlp",
@@ -107,6 +108,14 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="write the metrics for TensorBoard, too")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of options by their names; what the command line says comes first",
+            is_eager=True,
+            callback=toml.defaults,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
 ) -> None:
     """Train a network; the run can be interrupted at any time and continued with --resume."""
@@ -127,9 +136,13 @@ def train(
         log_every=log_every,
         callbacks=callbacks,
     )
+    used = (out / RUN_FILE).exists()
     if open_run(out, settings, resume=resume):
         trainer.load()
         console.print(f"resumed {out} at step {trainer.step}", highlight=False)
+    if not used:
+        repeat = {k: v for k, v in given.items() if k not in ("out", "config", "resume")}
+        replace_file(out / toml.RUN_TOML, toml.dump({**repeat, **settings}).encode())
     trainer.fit(max(steps - trainer.step, 0))
     if trainer.interrupted is not None and trainer.step < steps:
         name, step = trainer.interrupted.name, trainer.step

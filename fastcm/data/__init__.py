@@ -1,14 +1,15 @@
-"""Where batches come from: `datasets` reads and checks, `sources` draws rows.
+"""Where batches come from: `datasets` reads and checks, `loading` finds, `sources` draws rows.
 
-Imports `rng`, and `runs` for digests.
+Imports the maths, `ops` for the noise of pairs, and `runs` for digests.
 """
 
 from fastcm.data.datasets import Dataset as Dataset
 from fastcm.data.datasets import array_file as array_file
 from fastcm.data.datasets import digits as digits
 from fastcm.data.datasets import image_folder as image_folder
-from fastcm.data.datasets import load as load
 from fastcm.data.datasets import to_unit as to_unit
+from fastcm.data.loading import load as load
+from fastcm.data.loading import pairs as pairs
 from fastcm.data.sources import DeviceData as DeviceData
 from fastcm.data.sources import Source as Source
 from fastcm.data.sources import as_source as as_source

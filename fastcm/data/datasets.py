@@ -27,6 +27,8 @@ class Dataset:
         x: uint8 or floating samples ``[N, ...]``, N >= 1; other floats are stored as float32.
         labels: integers ``[N]`` in 0 .. num_classes - 1, stored as int64.
         num_classes: number of classes; default the largest label + 1.
+        paired: whether x is ``[N, 2, ...]``, each sample with the noise it was made from; see
+            `fastcm.data.pairs`.
 
     Raises:
         ValueError: the data is empty, not finite, or of another dtype or shape.
@@ -35,9 +37,12 @@ class Dataset:
     x: Tensor
     labels: Tensor | None = None
     num_classes: int | None = None
+    paired: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_samples(self.x))
+        if self.paired and (self.x.ndim < 3 or self.x.shape[1] != 2):
+            raise ValueError(f"pairs must be [N, 2, ...], got {list(self.x.shape)}")
         if self.x.ndim < 2 and self.x.numel():
             raise ValueError(f"x must be [N, ...] of rank >= 2, got {list(self.x.shape)}")
         if self.x.numel() == 0:
@@ -67,7 +72,16 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
-        return tuple(self.x.shape[1:])
+        return tuple(self.samples.shape[1:])
+
+    @property
+    def samples(self) -> Tensor:
+        """``[N, ...]``, of pairs without their noise."""
+        return self.x[:, 0] if self.paired else self.x
+
+    def without_labels(self) -> Dataset:
+        """The same samples."""
+        return replace(self, labels=None, num_classes=None)
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on `device`."""
@@ -218,18 +232,12 @@ def _summary(skipped: list[tuple[Path, str]], total: int) -> str:
     return f"{len(skipped)} unreadable of {total} image files{': ' if named else ''}{named}{more}"
 
 
-def array_file(path: str | os.PathLike[str]) -> Dataset:
-    """Read a .npy or .npz file of uint8 or floating samples.
-
-    An .npz holds the samples as ``x`` (or as its only other array) and optionally ``labels`` or
-    ``y``. ``[N, D]`` and ``[N, C, H, W]`` are kept; ``[N, H, W]`` becomes ``[N, 1, H, W]``;
-    ``[N, H, W, C]`` becomes ``[N, C, H, W]`` if C is 1, 3 or 4 and H is not.
+def read_arrays(file: Path) -> dict[str, Any]:
+    """The arrays of a .npz file by name, or that of a .npy file as ``x``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is corrupt, holds objects, or is no data set; names the file.
+        FileNotFoundError, ValueError: there is no such file; it is corrupt or holds objects.
     """
-    file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
     try:
@@ -243,49 +251,36 @@ def array_file(path: str | os.PathLike[str]) -> Dataset:
         if "Object arrays" in str(error):
             raise ValueError(f"{file}: arrays of objects are not read") from error
         raise ValueError(f"{file} is not a readable .npy or .npz file") from error
+    return arrays
 
-    def tensor(array: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
+def as_tensor(array: Any) -> Tensor:
+    """A numpy array of any byte order."""
+    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+
+
+def array_file(path: str | os.PathLike[str]) -> Dataset:
+    """Read a .npy or .npz file of uint8 or floating samples.
+
+    An .npz holds the samples as ``x`` (or as its only other array) and optionally ``labels`` or
+    ``y``. ``[N, D]`` and ``[N, C, H, W]`` are kept; ``[N, H, W]`` becomes ``[N, 1, H, W]``;
+    ``[N, H, W, C]`` becomes ``[N, C, H, W]`` if C is 1, 3 or 4 and H is not.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt, holds objects, or is no data set; names the file.
+    """
+    file = Path(path)
+    arrays = read_arrays(file)
     labels = arrays.pop("labels" if "labels" in arrays else "y", None)
     if "x" not in arrays and len(arrays) != 1:
         raise ValueError(f"{file} must hold an array x or only one array, got {list(arrays)}")
     try:
-        x = tensor(arrays["x"] if "x" in arrays else arrays.popitem()[1])
+        x = as_tensor(arrays["x"] if "x" in arrays else arrays.popitem()[1])
         if x.ndim == 3:
             x = x[:, None]
         elif x.ndim == 4 and x.shape[3] in _IMAGE_MODES and x.shape[1] not in _IMAGE_MODES:
             x = x.permute(0, 3, 1, 2).contiguous()
-        return Dataset(x, None if labels is None else tensor(labels))
+        return Dataset(x, None if labels is None else as_tensor(labels))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def load(
-    spec: str | os.PathLike[str], *, size: int | None = None, channels: int | None = None
-) -> Dataset:
-    """The data set that `spec` names: "digits", a folder of images, or a .npy or .npz file.
-
-    Args:
-        spec: the name or path.
-        size: for a folder, see `image_folder`.
-        channels: for a folder, default 3, see `image_folder`.
-
-    Raises:
-        FileNotFoundError: no such path.
-        ValueError: the path is of another kind, or `size` is given without a folder.
-    """
-    path = Path(spec)
-    if spec != "digits" and path.is_dir():
-        return image_folder(path, size=size, channels=3 if channels is None else channels)
-    for name, value in (("size", size), ("channels", channels)):
-        if value is not None:
-            raise ValueError(f"{name} applies to a folder of images, got {name}={value} for {spec}")
-    if spec == "digits":
-        return digits()
-    if path.suffix.lower() in (".npy", ".npz"):
-        return array_file(path)
-    accepted = 'expected "digits", a folder of images, or a .npy or .npz file'
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {spec}; {accepted}")
-    raise ValueError(f"cannot read data from {spec}; {accepted}")

@@ -21,8 +21,8 @@ from fastcm.data.datasets import array_file as array_file
 from fastcm.data.datasets import as_condition, as_samples
 from fastcm.data.datasets import digits as digits
 from fastcm.data.datasets import image_folder as image_folder
-from fastcm.data.datasets import load as load
 from fastcm.data.datasets import to_unit as to_unit
+from fastcm.data.loading import load as load
 from fastcm.runs.checkpoint import digest
 
 Batch = tuple[Tensor, Tensor | None]

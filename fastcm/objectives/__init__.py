@@ -13,5 +13,6 @@ from fastcm.objectives.consistency_flow_matching import (
 from fastcm.objectives.consistency_training import ConsistencyTraining as ConsistencyTraining
 from fastcm.objectives.easy_consistency import EasyConsistency as EasyConsistency
 from fastcm.objectives.flow_matching import FlowMatching as FlowMatching
+from fastcm.objectives.pair_distillation import PairDistillation as PairDistillation
 from fastcm.objectives.shortcut import Shortcut as Shortcut
 from fastcm.objectives.stepwise import Stepwise as Stepwise

@@ -78,6 +78,7 @@ class Batch:
         cond: any tensor with B rows, or None.
         first_sample: index of row 0 in the global batch (accumulation, data parallelism).
         input_dtype: dtype of the network's x.
+        z: the noise ``[B, ...]`` that each row of x0 was made from; None draws it by the key.
     """
 
     x0: Tensor
@@ -85,6 +86,7 @@ class Batch:
     cond: Tensor | None = None
     first_sample: int = 0
     input_dtype: torch.dtype = torch.float32
+    z: Tensor | None = None
 
     def uniform(self, stream: int) -> Tensor:
         """One uniform number per sample in (0, 1), float64 ``[B]``."""
@@ -102,7 +104,7 @@ class Batch:
         In closed form where a kernel regenerates them, since memory traffic is what costs there;
         else stored in float32, since they are the network's inputs, too, where c_in is 1.
         """
-        if door(self.x0, noisy=True) is Door.KERNEL:
+        if self.z is None and door(self.x0, noisy=True) is Door.KERNEL:
             return tuple(self.affine(alpha, sigma) for alpha, sigma in coefficients)
         return self._noising(coefficients, torch.float32)
 
@@ -134,6 +136,8 @@ class Batch:
     def _noising(
         self, coefficients: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
+        if self.z is not None:
+            return tuple(ops.boundary(self.x0, self.z, a, s).to(dtype) for a, s in coefficients)
         alpha, sigma = (torch.stack(list(c)) for c in zip(*coefficients))
         pair = len(coefficients) > 1
         out = ops.noising(

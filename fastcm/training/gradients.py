@@ -37,6 +37,7 @@ class Gradients:
         compile: True, False, "auto": time both at the first step and keep the faster, or
             "regional": compile the repeated blocks of the networks, which is quicker to do for a
             deep one.
+        paired: whether the rows of x0 come with their noise, ``[B, 2, ...]``.
         accumulate: micro-batches that a batch is cut into. Noise and times are those of the
             whole batch, gradients too, to rounding.
         log: receives one line about the choice that "auto" made.
@@ -51,6 +52,7 @@ class Gradients:
         precision: Precision = "fp32",
         compile: Compile = "auto",
         accumulate: int = 1,
+        paired: bool = False,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_precision(precision)
@@ -63,6 +65,7 @@ class Gradients:
         self.target_net = target_net
         self.precision = precision
         self.accumulate = accumulate
+        self.paired = paired
         self._log = log
         if compile == "regional":
             compile_blocks(net)
@@ -138,11 +141,13 @@ class Gradients:
 
     def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Loss:
         bf16 = self.precision == "bf16"
+        x0, z = (x0[:, 0], x0[:, 1]) if self.paired else (x0, None)
         batch = Batch(
             x0,
             NoiseKey.wrap(key),
             cond,
             input_dtype=torch.bfloat16 if bf16 else torch.float32,
+            z=z,
         )
         net: Network = self.net
         target_net: Network | None = self.target_net

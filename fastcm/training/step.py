@@ -149,7 +149,7 @@ class Step:
         else:
             assert self._static is not None
             x0, cond = self._static
-        self.shape = x0.shape[1:]
+        self.shape = x0.shape[2 if self.gradients.paired else 1 :]
         self._optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(x0, cond, self.key, remaining=self._remaining)
         self.update.step()

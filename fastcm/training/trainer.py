@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm.data import as_source
+from fastcm.data import DeviceData, as_source
 from fastcm.ema import Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
@@ -148,6 +148,7 @@ class Trainer:
             precision=precision,
             compile=compile,
             accumulate=accumulate,
+            paired=isinstance(self.source, DeviceData) and self.source.dataset.paired,
             log=self.log,
         )
         gradients.check_batch(batch_size)

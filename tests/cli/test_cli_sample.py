@@ -129,7 +129,7 @@ def test_a_command_stopped_by_sigterm_says_what_is_left(
         ("x.npy", ["--first", 2**32], 2, "first + n at most 2**32"),
         ("x.png", ["--format", "png"], 2, "x.png is one file"),
         ("x.npz", [], 2, "--out must end in .png or .npy, or name a folder"),
-        ("x", ["--format", "gif"], 2, "format must be one of png, npz, got 'gif'"),
+        ("x", ["--format", "gif"], 2, "format must be one of png, npz, pairs, got 'gif'"),
     ],
 )
 def test_bad_input_of_the_command_is_refused(

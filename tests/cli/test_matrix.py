@@ -67,8 +67,26 @@ def teachers(here: Path) -> dict[str, Path]:
     return {net: trained(here / f"teacher-{net}", *options, "--net", net) for net in NETWORKS}
 
 
+@pytest.fixture(scope="module")
+def pairs(teachers: dict[str, Path], here: Path) -> Path:
+    out = here / "pairs"
+    fastcm_("pairs", "--teacher", teachers["mlp"], "--n", 20, "--steps", 2, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("net", NETWORKS)
+@pytest.mark.parametrize("method", ["pairs", "flow", "ct"])
+def test_training_on_pairs(method: str, net: str, precision: str, pairs: Path, here: Path) -> None:
+    run = trained(
+        here / f"{method}-{net}-{precision}-of-pairs",
+        *("--method", method, "--net", net, "--precision", precision, "--data", pairs),
+    )
+    sampled(run, "--precision", precision)
+
+
 def test_the_lists_are_complete() -> None:
-    assert set(METHODS) == {*FROM_DATA, "cd"}
+    assert set(METHODS) == {*FROM_DATA, "cd", "pairs"}
     assert set(NETWORKS) == set(networks._NETWORKS)
 
 

@@ -252,7 +252,7 @@ def test_shards_that_overlap_are_named(tmp_path: Path) -> None:
         (3, {"first": -1}, "first must be >= 0 .* got first=-1, n=3"),
         (4, {"first": 2**32 - 3}, r"at most 2\*\*32, got first=4294967293, n=4"),
         (3, {"seed": -1}, "seed must be in"),
-        (3, {"format": "jpg"}, "format must be one of png, npz, got 'jpg'"),
+        (3, {"format": "jpg"}, "format must be one of png, npz, pairs, got 'jpg'"),
         (3, {"label": CLASSES}, r"label must be in \[0, 3\), got 3"),
         (3, {"guidance": 2.0}, "null_condition"),
     ],

@@ -1,0 +1,59 @@
+"""The command ``fastcm pairs``: noise and the samples that a teacher makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from fastcm.cli.sample import fill
+from fastcm.data.loading import PAIRS
+from fastcm.runs.checkpoint import CHECKPOINTS
+from fastcm.sampling import Sampler
+
+
+def pairs(
+    teacher: Annotated[Path, typer.Option(help="directory of a run, such as a flow")],
+    out: Annotated[Path, typer.Option(help="folder for the shards")],
+    n: Annotated[int, typer.Option(help="how many")] = 10_000,
+    steps: Annotated[int, typer.Option(help="of the solver")] = 50,
+    solver: Annotated[str, typer.Option(help="euler, heun, ddim or dpmpp_2m")] = "euler",
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    first: Annotated[int, typer.Option(help="index of the first")] = 0,
+    ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
+    label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
+    guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
+    batch: Annotated[int, typer.Option(help="pairs in a shard, and computed at once")] = 512,
+) -> None:
+    """Solve a teacher's ODE from noise: pairs to train `--method pairs` or `--method flow` on.
+
+    A shard holds samples and the range of their indices; the noise follows from the seed. The
+    folder is filled batch by batch: the same command continues where it was stopped, and processes
+    with ranges of their own (--first, --n) work on it side by side.
+    """
+    if (out / CHECKPOINTS).exists():
+        raise ValueError(f"--out {out} is the directory of a run, choose another")
+    sampler = Sampler.from_run(
+        teacher,
+        steps=steps,
+        method="ode",
+        solver=solver,
+        ema=ema,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        batch_size=batch,
+    )
+    fill(
+        teacher,
+        out,
+        n,
+        sampler,
+        ema=ema,
+        precision="fp32",
+        format=PAIRS,
+        first=first,
+        seed=seed,
+        label=label,
+        guidance=guidance,
+    )
