@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,7 @@ else:
     import tomli as tomllib
 
 RUN_TOML = "run.toml"
-_KINDS: dict[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "float": (int, float),
-    "boolean": (bool,),
-}
+_KINDS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
 
 
 def defaults(context: typer.Context, path: Path | None) -> Path | None:
@@ -31,7 +28,8 @@ def defaults(context: typer.Context, path: Path | None) -> Path | None:
             unknown or of another type.
     """
     if path is not None:
-        known = {p.name: p for p in context.command.params if p.name not in ("config", "help")}
+        hints = typing.get_type_hints(context.command.callback)
+        known = {k: v for k, v in hints.items() if k not in ("config", "return")}
         options = {name.replace("-", "_"): value for name, value in _read(path).items()}
         for name, value in options.items():
             if name not in known:
@@ -50,10 +48,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not TOML: {error}") from error
 
 
-def _check(path: Path, name: str, value: object, parameter: Any) -> None:
-    kinds = _KINDS.get(parameter.type.name, (str,))
-    values = value if parameter.multiple and isinstance(value, list) else [value]
-    for v in values:
+def _check(path: Path, name: str, value: Any, hint: Any) -> None:
+    parts = typing.get_args(hint) or (hint,)  # T, T | None or list[T]
+    kinds = _KINDS.get(parts[0], (str,))
+    several = typing.get_origin(hint) is list and isinstance(value, list)
+    for v in value if several else [value]:
         if not isinstance(v, kinds) or (isinstance(v, bool) and bool not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{path}: {name} must be {wanted}, got {v!r}")
@@ -62,9 +61,5 @@ def _check(path: Path, name: str, value: object, parameter: Any) -> None:
 def dump(options: Mapping[str, Any]) -> str:
     """Options as TOML, a line each; those that are None are left out."""
     # strings, numbers, booleans and lists of these are written alike in JSON
-    lines = [
-        f"{name} = {json.dumps(v, ensure_ascii=False)}"
-        for name, v in options.items()
-        if v is not None
-    ]
-    return "\n".join([*lines, ""])
+    given = {name: value for name, value in options.items() if value is not None}
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items())
