@@ -425,3 +425,38 @@ def test_the_second_time_changes_nothing_at_the_start_and_something_later() -> N
     assert not torch.equal(two(x, t, s=0 * t), two(x, t, s=0.5 * t))
     assert torch.equal(two(x, t), two(x, t, s=t))
     assert SquaredL2()(two(x, t), two(x, t)).sum() == 0
+
+
+# --- compiled
+
+
+@pytest.mark.parametrize(
+    ("objective", "two_times"),
+    [
+        (Stepwise(10, phases=4), False),
+        (ConsistencyTraining.improved(100), False),
+        (EasyConsistency(double_every=10), False),
+        (EasyConsistency(Parameterization(VarianceExploding()), double_every=10), False),
+        (Shortcut(), True),
+        (ConsistencyFlowMatching(), False),
+    ],
+    ids=lambda o: type(o).__name__,
+)
+def test_a_compiled_loss_is_one_graph_and_follows_the_step(objective: Any, two_times: bool) -> None:
+    """The phase, the stage and the curriculum are read on the device: no recompilation."""
+    net, target = small(two_times=two_times), small(two_times=two_times)
+    for network in (net, target):
+        torch.nn.init.normal_(network.output.weight, std=0.1)
+    x0 = torch.randn(16, 3)
+    target_net = None if objective.target_average is None else target
+
+    def loss(x0: Tensor, key: Tensor) -> Tensor:
+        return objective.loss(net, Batch(x0, NoiseKey.wrap(key)), target_net).per_sample
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for step in (0, 25, 60):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            found = compiled(x0, NoiseKey(0, step).tensor)
+        expected = loss(x0, NoiseKey(0, step).tensor)  # small gaps t - s magnify rounding
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
