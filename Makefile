@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-missing lint clean
+.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-missing quality lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
@@ -31,6 +31,11 @@ gpu-ops gpu-optim gpu-step gpu-sampling: gpu-%:
 
 gpu-missing:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.missing
+
+# Every method on digits, three seeds: about 25 minutes.
+quality: .venv/test
+	PYTHONPATH=. $(BIN)/python -m benchmarks.quality
+	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 lint: .venv/test
 	$(BIN)/ruff check .

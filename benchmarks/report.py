@@ -1,6 +1,6 @@
-"""Render the tables of README.md from the JSON under benchmarks/results/.
+"""Render the tables of README.md and docs/ from the JSON under benchmarks/results/.
 
-python -m benchmarks.report            rewrite the tables in README.md
+python -m benchmarks.report            rewrite the tables
 python -m benchmarks.report --check    exit 1 if they are not what the JSON says
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,35 @@ def sampling_table(report: dict[str, Any]) -> str:
     return markdown(columns, rows, note)
 
 
+def quality_table(report: dict[str, Any]) -> str:
+    """Distances of every method's samples by the number of evaluations, over the seeds."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        methods.setdefault(row["method"], []).append(row)
+    calls = sorted({int(k) for row in report["rows"] for k in row["evaluations"]})
+
+    def cell(rows: list[dict[str, Any]], k: int) -> str:
+        found = [row["evaluations"].get(str(k)) for row in rows]
+        values = [f["frechet"] for f in found if f is not None]
+        if not values:
+            return "-"
+        return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f}"
+
+    rows = [
+        f"{name} | {round(statistics.mean(row['steps'] for row in rows)):,} | "
+        + " | ".join(cell(rows, k) for k in calls)
+        for name, rows in methods.items()
+    ]
+    seeds = len(next(iter(methods.values())))
+    note = (
+        f"Frechet distance to held-out digits by the number of network evaluations, mean and "
+        f"spread over {seeds} seeds; of other real digits {report['floor']['frechet']:.2f}. "
+        f"{report['seconds']:.0f} s of training on {machine_of(report)}; ect, cd and pairs spend "
+        "half of it on their flow. Sliced Wasserstein distances are in the JSON."
+    )
+    return markdown("method | steps | " + " | ".join(map(str, calls)), rows, note)
+
+
 def codegen_summary(report: dict[str, Any]) -> str:
     """What the kernels compile to, in one paragraph."""
     rows = report["rows"]
@@ -147,19 +177,22 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step": ("step_cpu", step_table),
     "sampling": ("sampling_cpu", sampling_table),
     "codegen": ("codegen", codegen_summary),
+    "quality": ("quality_cpu", quality_table),
 }
+PAGES = {"README.md": tuple(SECTIONS), "docs/methods.md": ("quality",)}
 
 
-def render(text: str) -> str:
-    """`text` with every section between its markers made anew."""
-    for name, (file, table) in SECTIONS.items():
+def render(text: str, page: str = "README.md") -> str:
+    """The text of a page with every section between its markers made anew."""
+    for name in PAGES[page]:
+        file, table = SECTIONS[name]
         body = table(json.loads((RESULTS / f"{file}.json").read_text()))
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(
             pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S
         )
         if count != 1:
-            raise ValueError(f"README.md must hold the markers of {name!r} once, found {count}")
+            raise ValueError(f"{page} must hold the markers of {name!r} once, found {count}")
     return text
 
 
@@ -167,13 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if check and new != old:
-        sys.exit("README.md differs from benchmarks/results: run python -m benchmarks.report")
-    if not check:
-        readme.write_text(new)
+    for page in PAGES:
+        old = (ROOT / page).read_text()
+        new = render(old, page)
+        if check and new != old:
+            sys.exit(f"{page} differs from benchmarks/results: run python -m benchmarks.report")
+        if not check:
+            (ROOT / page).write_text(new)
 
 
 if __name__ == "__main__":

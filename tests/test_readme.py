@@ -29,6 +29,9 @@ def block(*parts: str) -> str:
 def test_the_tables_are_those_of_the_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert report.render(text) == text
+    for page in report.PAGES:
+        text = (ROOT / page).read_text()
+        assert report.render(text, page) == text
 
 
 def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,12 +148,13 @@ def ode(
     null_condition: Tensor | int | None = None,
     levels: Sequence[solvers.Level] | None = None,
 ) -> Tensor:
-    """Integrate the probability-flow ODE from times[0] down to t_min.
+    """Integrate the probability-flow ODE from times[0] down to data.
 
     Args:
         net, path, z, cond, guidance, null_condition, levels: see `multistep`. Heun's second
             evaluation takes the weight of the time it is at.
-        times: descending, in (t_min, t_max]; t_min is appended as the end.
+        times: descending, in (t_min, t_max]; data is appended as the end, sigma = 0 also on
+            `VarianceExploding`. No solver evaluates there.
         solver: "euler", "ddim" or "dpmpp_2m": ``len(times)`` evaluations; "heun": twice that less
             one. On `VariancePreserving` take "ddim" or "dpmpp_2m": in its t the velocity is
             infinite at the data.
@@ -175,8 +176,8 @@ def ode(
     )
     if z.shape[0] == 0:
         return torch.empty_like(z)
-    levels = _levels(p, times, levels)
-    return SOLVERS[solver](evaluate, _first_state(z, levels[0]), levels)
+    *known, end = _levels(p, times, levels)
+    return SOLVERS[solver](evaluate, _first_state(z, known[0]), [*known, solvers.at_data(end)])
 
 
 def flow_map(

@@ -49,6 +49,14 @@ def levels(p: Parameterization, times: Sequence[float]) -> list[Level]:
     ]
 
 
+def at_data(end: Level) -> Level:
+    """The end of the ODE: data, also on a path that leaves t_min > 0 of noise, where t is sigma.
+
+    Source: Karras et al. 2022, algorithm 1, whose last step ends at sigma = 0.
+    """
+    return end if end.sigma == 0.0 else end._replace(t=end.t - end.sigma, alpha=1.0, sigma=0.0)
+
+
 Solver = Callable[[Evaluate, Tensor, Sequence[Level]], Tensor]
 """``solver(evaluate, x, levels)``: x at the last level, by evaluations at those before it."""
 

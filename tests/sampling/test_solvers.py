@@ -144,7 +144,7 @@ def test_exponential_solvers_see_of_a_path_its_noise_levels_alone(path, solver, 
 def plain(net, solver: str, x: Tensor, times: list[float], guided) -> Tensor:
     """The solvers as their papers write them, on velocities and denoisers of `net`."""
     path = net.parameterization.path
-    ends = [*times, path.t_min]
+    ends = [*times, 0.0]  # EDM and k-diffusion end at sigma = 0, too
 
     def at(kind: str, x: Tensor, i: int) -> Tensor:
         t = torch.full((len(x),), ends[i], dtype=torch.float64)
@@ -162,6 +162,8 @@ def plain(net, solver: str, x: Tensor, times: list[float], guided) -> Tensor:
             x = x - (t - s) * (v + at("velocity", y, i + 1)) / 2
         else:  # k-diffusion's sample_dpmpp_2m, on noise levels sigma with alpha = 1
             D = at("denoiser", x, i)
+            if s == 0:
+                return D
             h = math.log(t) - math.log(s)
             extrapolated = D
             if solver == "dpmpp_2m" and before is not None:
@@ -196,6 +198,18 @@ def test_each_solver_is_its_formula_with_and_without_guidance(path, solver, guid
     first = levels_at(path, times[0])[1] * z
     wanted = plain(net, solver, first, times, (cond, torch.full_like(cond, 3), weight))
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", list(sampling.SOLVERS))
+def test_the_last_step_leads_to_the_denoisers_estimate(solver, mixture):
+    """Also where t_min > 0, and however far the last step is: of first order, at sigma = 0."""
+    for path in (VarianceExploding(), VarianceExploding(t_min=1e-9), Linear()):
+        net = mixture(Parameterization(path))
+        z = torch.randn(6, 4, dtype=torch.float64)
+        got = sampling.ode(net, path, z, times=[path.t_max], solver=solver)
+        t = torch.full((6,), path.t_max, dtype=torch.float64)
+        wanted = net.denoiser(path.t_max * z, t, None)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_2m_starts_and_ends_with_steps_of_first_order():
