@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine
-from fastcm.cli.recipes import METHODS, Recipe, sampling_method
+from fastcm.cli.recipes import Recipe
 from fastcm.cli.sample_folder import sample_folder
+from fastcm.cli.tables import METHODS, sampling_method
 from fastcm.data import Dataset
 from fastcm.evaluation import frechet, sliced_wasserstein
 from fastcm.runs.checkpoint import replace_file

@@ -45,14 +45,16 @@ def evaluate(
     for method, numbers in ((few, steps), ("ode", [] if two_times else ode)):
         for number in numbers:
             sampler = Sampler.from_run(run, steps=number, method=method, ema=ema)
-            x = sampler(count, seed=seed, cond=runs.labels(sampler, count))
+            options = runs.condition(sampler, runs.labels(sampler, count), None, count)
+            x = sampler(count, seed=seed, **options)
             row(method, number, x)
     console.print(table)
     if two_times:  # it has no consistency function
         return
     sampler = Sampler.from_run(run, ema=ema)
+    cond = runs.condition(sampler, held_out.labels, None, len(held_out))["cond"]
     gap = consistency_gap(
-        sampler.net, sampler.parameterization, held_out.samples, seed=seed, cond=held_out.labels
+        sampler.net, sampler.parameterization, held_out.samples, seed=seed, cond=cond
     )
     console.print(
         f"consistency gap over {len(gap.times)} intervals: mean {gap.mean:.4f}, sum {gap.sum:.3f}",

@@ -1,8 +1,7 @@
-"""From option values to a trainer: the tables and defaults of the command line."""
+"""From option values to a trainer: the defaults of the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +10,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastcm import data, losses, networks, paths, schedules
+from fastcm import data, networks, schedules
+from fastcm.cli.tables import (
+    CURRICULA,
+    GRIDS,
+    LCM,
+    METHODS,
+    METHODS_WITH,
+    METRICS,
+    MORE_INPUTS,
+    PATHS,
+    TIMES,
+    TWO_TIMES,
+    WEIGHTS,
+)
 from fastcm.data import Dataset
 from fastcm.ema import EMA
 from fastcm.objectives import (
@@ -28,68 +40,8 @@ from fastcm.objectives import (
 from fastcm.optim import AdamW, RAdam
 from fastcm.parameterization import Parameterization
 from fastcm.sampling import Sampler
-from fastcm.sampling.engine import Method
 from fastcm.training import Trainer, warmup_cosine
 from fastcm.training.lr import restarted
-
-METHODS = ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "cd", "pairs")
-TWO_TIMES = ("shortcut",)
-PATHS: dict[str, paths.Path] = {
-    "linear": paths.Linear(),
-    "ve": paths.VarianceExploding(),
-    "trig": paths.TrigFlow(),
-    "vp": paths.VariancePreserving(),
-}
-METRICS: dict[str, losses.Metric] = {
-    "squared-l2": losses.SquaredL2(),
-    "l2": losses.L2(),
-    "l1": losses.L1(),
-    "pseudo-huber": losses.PseudoHuber(),
-}
-WEIGHTS: dict[str, losses.Weight] = {
-    "uniform": losses.uniform,
-    "inverse-gap": losses.inverse_gap,
-    "inverse-square": losses.inverse_square,
-    "snr": losses.snr,
-    "min-snr": losses.MinSNR(),
-    "karras": losses.Karras(),
-}
-GRIDS: dict[str, schedules.Grid] = {
-    "uniform": schedules.UniformGrid(),
-    "karras": schedules.KarrasGrid(),
-}
-TIMES: dict[str, schedules.TimeSampler] = {
-    "uniform": schedules.UniformTime(),
-    "logit-normal": schedules.LogitNormal(),
-    "log-normal": schedules.LogNormal(),
-}
-CURRICULA: dict[str, Callable[[int], schedules.Curriculum]] = {
-    "cm": schedules.CMCurriculum,
-    "ict": schedules.ICTCurriculum,
-}
-
-METHODS_WITH: dict[str, tuple[str, ...]] = {
-    "condition_dropout": ("flow",),
-    "times": ("flow", "ct", "ict", "shortcut", "cfm", "cd"),
-    "weight": ("flow", "stepwise", "ct", "ict", "ect", "cd"),
-    "segments": ("cfm",),
-    "grid": ("stepwise", "ct", "ict", "cd"),
-    "intervals": ("stepwise", "ct", "cd"),
-    "target_ema": ("ct", "shortcut", "cfm", "cd"),
-    "init": ("flow", "stepwise", "ct", "ict", "ect", "cfm", "pairs"),
-    "teacher": ("cd",),
-    "guidance": ("cd",),
-    "solver": ("cd",),
-    "skip": ("cd",),
-}
-"""The options that not every method has."""
-
-
-def sampling_method(objective: str) -> Method:
-    """How samples are drawn from what an objective of this name trains."""
-    if objective in ("FlowMatching", "ConsistencyFlowMatching"):
-        return "ode"
-    return "flow-map" if objective == "Shortcut" else "multistep"
 
 
 @dataclass(frozen=True)
@@ -121,6 +73,7 @@ class Recipe:
     init: str | None = None
     teacher: str | None = None
     guidance: float | None = None
+    guidance_range: str | None = None
     solver: str | None = None
     skip: int | None = None
     width: int | None = None
@@ -159,11 +112,15 @@ class Recipe:
             if getattr(self, name) is not None and self.method not in methods:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} has no meaning for --method {self.method}")
+        if self.method == "lcm" and not self.conditional:
+            raise ValueError("--method lcm needs --conditional: it distils guidance")
         for name in ("condition_dropout", "guidance"):
             if getattr(self, name) is not None and not self.conditional:
                 raise ValueError(f"--{name.replace('_', '-')} needs --conditional")
-        if self.method == "cd" and self.teacher is None:
-            raise ValueError("--method cd needs --teacher RUN, the directory of a trained flow")
+        if self.method in ("cd", "lcm") and self.teacher is None:
+            raise ValueError(
+                f"--method {self.method} needs --teacher RUN, the directory of a trained flow"
+            )
 
     @property
     def lr_rate(self) -> float:
@@ -195,6 +152,8 @@ class Recipe:
                 description["size"] = list(shape[1:])
         if self.method in TWO_TIMES:
             description["two_times"] = True
+        if self.method == "lcm":
+            description["guided"] = True
         if self.width is not None:
             description["base_channels" if self.net == "unet" else "width"] = self.width
         if self.path in ("ve", "vp"):  # told 250 ln t or an index: of the embedding's scale
@@ -244,6 +203,9 @@ class Recipe:
         for name in ("solver", "skip"):
             if getattr(self, name) is not None:
                 options[name] = getattr(self, name)
+        if self.method == "lcm":
+            options = {**LCM, "guidance": self.weights, **options}
+            options["null_condition"] = dataset.num_classes
         if self.guidance is not None:
             options["guidance"] = self.guidance
             options["null_condition"] = dataset.num_classes
@@ -255,6 +217,16 @@ class Recipe:
     def parameterization(self) -> Parameterization:
         """Of the network that is trained."""
         return Parameterization(PATHS[cast(str, self.path)], cast(Any, self.prediction))
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The range of guidance that a student is distilled for."""
+        text = self.guidance_range or "1,4"
+        try:
+            low, high = (float(part) for part in text.split(","))
+        except ValueError:
+            raise ValueError(f"--guidance-range must be LOW,HIGH, got {text!r}") from None
+        return low, high
 
     @property
     def phases(self) -> int:
@@ -334,10 +306,12 @@ class Recipe:
                 "give --path and --prediction that agree"
             )
         mine, wanted = (getattr(n, "description", None) for n in (net, sampler.net))
-        if mine != wanted:
+        more = {k: v for k, v in (mine or {}).items() if k in MORE_INPUTS}
+        if mine != {**(wanted or {}), **more}:
             raise ValueError(
                 f"--{option} {run} is {wanted}, the student {mine}: give the options that "
                 "make them equal, since the student starts from the teacher's weights"
             )
-        net.load_state_dict(sampler.net.state_dict())
+        # further inputs change nothing at first
+        net.load_state_dict(sampler.net.state_dict(), strict=not more)
         return sampler

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcm.cli import recipes
+from fastcm.cli import tables
 from fastcm.cli.recipes import Recipe
 from fastcm.data import Dataset, as_source
 from fastcm.runs import checkpoint
 from fastcm.runs.checkpoint import RUN_STATE, load_newest
 from fastcm.runs.description import differences
 from fastcm.runs.lock import RunLock
-from fastcm.sampling import Sampler
+from fastcm.sampling import Sampler, append_weight
 from fastcm.sampling.engine import Method
 
 RUN_FILE = "run.json"
@@ -84,7 +84,7 @@ def sampling_method(directory: Path) -> Method:
         FileNotFoundError, CheckpointError: see `fastcm.sampling.Sampler.from_run`.
     """
     state = load_newest(directory, only=set(), requires=RUN_STATE)[0].state
-    return recipes.sampling_method(state["config"]["objective"]["type"])
+    return tables.sampling_method(state["config"]["objective"]["type"])
 
 
 def of_run(directory: Path) -> Recipe:
@@ -114,6 +114,18 @@ def datasets(run: Path) -> tuple[Dataset, Dataset]:
     if changed:
         raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
     return train_data, held_out
+
+
+def condition(
+    sampler: Sampler, labels: Tensor | None, guidance: float | None, n: int
+) -> dict[str, Any]:
+    """The arguments cond and guidance of a sampler, for n labels and a weight of guidance.
+
+    A network that takes the weight as an input has it in its condition, 1 unless given.
+    """
+    if not getattr(sampler.net, "description", {}).get("guided"):
+        return {"cond": labels, "guidance": guidance}
+    return {"cond": append_weight(labels, 1.0 if guidance is None else guidance, n)}
 
 
 def labels(sampler: Sampler, n: int, label: int | None = None, *, first: int = 0) -> Tensor | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import typer
 
-from fastcm.cli.runs import labels, sampling_method
+from fastcm.cli.runs import condition, labels, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Sampler
@@ -72,13 +72,14 @@ def sample(
     )
     if guidance is not None and labels(sampler, 0) is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
-    options: dict[str, Any] = {"seed": seed, "guidance": guidance}
+    options: dict[str, Any] = {"seed": seed}
     if not out.suffix:
-        options |= {"format": format, "first": first, "label": label}
+        options |= {"guidance": guidance, "format": format, "first": first, "label": label}
         fill(run, out, n, sampler, ema=ema, precision=precision, **options)
         return
     cond = labels(sampler, n, label, first=first)
-    x = sampler(n, first_sample=first, cond=cond, **options).cpu()
+    options |= condition(sampler, cond, guidance, n)
+    x = sampler(n, first_sample=first, **options).cpu()
     if out.suffix == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, x.numpy())

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm.cli.runs import labels
+from fastcm.cli.runs import condition, labels
 from fastcm.data.loading import PAIRS, SETTINGS
 from fastcm.evaluation import pictures
 from fastcm.progress import Progress
@@ -122,9 +122,8 @@ def sample_folder(
 
     def draw(batch: range, parts: list[range]) -> None:
         cond = labels(sampler, len(batch), label, first=batch.start)
-        x = sampler(
-            len(batch), seed=seed, first_sample=batch.start, cond=cond, guidance=guidance
-        ).cpu()
+        options = condition(sampler, cond, guidance, len(batch))
+        x = sampler(len(batch), seed=seed, first_sample=batch.start, **options).cpu()
         x = pictures.to_uint8(x) if format != PAIRS and _is_image(x.shape[1:]) else x
         out.claim()  # not before: what the sampler refuses leaves no folder
         list(pool.map(lambda part: out.save(part, batch, x, cond), parts))

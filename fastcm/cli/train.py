@@ -12,11 +12,11 @@ import torch
 import typer
 from rich.console import Console
 
-from fastcm.cli import recipes, toml
+from fastcm.cli import tables, toml
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.runs import RUN_FILE, open_run
 from fastcm.runs.files import replace_file
-from fastcm.sampling import Sampler
+from fastcm.sampling import Sampler, append_weight
 from fastcm.training import Trainer
 from fastcm.training.trainer import Callback
 
@@ -29,7 +29,7 @@ def _names(table: Any) -> str:
 
 def _option(name: str, text: str) -> Any:
     """An option that only some methods have, in the help under their names."""
-    methods = ", ".join(recipes.METHODS_WITH[name])
+    methods = ", ".join(tables.METHODS_WITH[name])
     return typer.Option(help=text, rich_help_panel=f"Options of {methods}")
 
 
@@ -43,7 +43,7 @@ def train(
         typer.Option(
             help="flow (ReFlow), stepwise, ct (consistency training), ict (improved), "
             "ect (easy: tunes a flow, --init), shortcut, cfm (consistency flow matching), "
-            "cd (distillation), pairs (of fastcm pairs)"
+            "cd (distillation), lcm (of guidance, as an input), pairs (of fastcm pairs)"
         ),
     ] = "ct",
     net: Annotated[str, typer.Option(help="mlp, unet or dit")] = "mlp",
@@ -59,15 +59,15 @@ def train(
         _option("condition_dropout", "share of rows without label, for guidance"),
     ] = None,
     path: Annotated[
-        str | None, typer.Option(help=f"{_names(recipes.PATHS)} [ve for ict, else linear]")
+        str | None, typer.Option(help=f"{_names(tables.PATHS)} [ve for ict, else linear]")
     ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="v, eps, x0, edm or cm; the path's own if absent")
     ] = None,
-    times: Annotated[str | None, _option("times", f"density of t: {_names(recipes.TIMES)}")] = None,
-    metric: Annotated[str | None, typer.Option(help=_names(recipes.METRICS))] = None,
-    weight: Annotated[str | None, _option("weight", _names(recipes.WEIGHTS))] = None,
-    grid: Annotated[str | None, _option("grid", _names(recipes.GRIDS))] = None,
+    times: Annotated[str | None, _option("times", f"density of t: {_names(tables.TIMES)}")] = None,
+    metric: Annotated[str | None, typer.Option(help=_names(tables.METRICS))] = None,
+    weight: Annotated[str | None, _option("weight", _names(tables.WEIGHTS))] = None,
+    grid: Annotated[str | None, _option("grid", _names(tables.GRIDS))] = None,
     intervals: Annotated[
         str | None,
         _option("intervals", "how many [40], or a curriculum: cm, ict; of stepwise: phases [8]"),
@@ -82,6 +82,9 @@ def train(
     teacher: Annotated[str | None, _option("teacher", "directory of the teacher's run")] = None,
     guidance: Annotated[
         float | None, _option("guidance", "weight of the teacher's guidance")
+    ] = None,
+    guidance_range: Annotated[
+        str | None, _option("guidance_range", "LOW,HIGH of the weights that are distilled [1,4]")
     ] = None,
     solver: Annotated[
         str | None, _option("solver", "of the teacher: euler, heun or ddim [euler]")
@@ -170,9 +173,11 @@ def sample_pictures(directory: Path, every: int, *, seed: int = 0) -> Callback:
         if event != "step" or trainer.step % every:
             return
         p = trainer.objective.parameterization
-        method = recipes.sampling_method(type(trainer.objective).__name__)
+        method = tables.sampling_method(type(trainer.objective).__name__)
         classes = (trainer.metadata["network"] or {}).get("num_classes")
         labels = torch.arange(64) % classes if classes else None
+        if (trainer.metadata["network"] or {}).get("guided"):
+            labels = append_weight(labels, 1.0, 64)
         sampler = Sampler(
             trainer.ema_network(0),
             p,

@@ -68,6 +68,7 @@ class DiT(nn.Module):
             unconditional network.
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
         two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
+        guided: cond holds the weight of guidance, too; see `fastcm.sampling.append_weight`.
     """
 
     position: Tensor
@@ -83,6 +84,7 @@ class DiT(nn.Module):
         num_classes: int | None = None,
         time_scale: float = 1000.0,
         two_times: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -112,11 +114,12 @@ class DiT(nn.Module):
             "num_classes": num_classes,
             "time_scale": time_scale,
             **({"two_times": True} if two_times else {}),
+            **({"guided": True} if guided else {}),
         }
         self.shape = (in_channels, rows, columns)
         self.grid = (rows // patch, columns // patch)
         self.patch = patch
-        self.conditioning = Conditioning(width, num_classes, time_scale, two_times)
+        self.conditioning = Conditioning(width, num_classes, time_scale, two_times, guided)
         self.input = nn.Linear(in_channels * patch**2, width)
         self.register_buffer("position", grid_embedding(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcm.networks.protocol import split_weight
+
 _SINUSOID_DIM = 256
 _MAX_PERIOD = 10000.0
+_WEIGHT_SCALE = 1.0  # weights of guidance are of the order of 1 to 15
 
 
 def sinusoid(t: Tensor, dim: int, time_scale: float = 1.0) -> Tensor:
@@ -45,10 +48,18 @@ class Conditioning(nn.Module):
             an unconditional network.
         time_scale: factor on t before the sinusoid.
         two_times: whether there is a second time s <= t; at the start it changes nothing.
+        guided: whether the weight of guidance is an input: `cond` is then what
+            `fastcm.networks.protocol.append_weight` makes of labels; at the start it changes
+            nothing.
     """
 
     def __init__(
-        self, dim: int, num_classes: int | None, time_scale: float, two_times: bool = False
+        self,
+        dim: int,
+        num_classes: int | None,
+        time_scale: float,
+        two_times: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         require_positive(dim=dim)
@@ -61,6 +72,10 @@ class Conditioning(nn.Module):
         if two_times:
             self.gap = nn.Linear(_SINUSOID_DIM, dim)
             zero_init(self.gap)
+        self.weight: nn.Linear | None = None
+        if guided:
+            self.weight = nn.Linear(_SINUSOID_DIM, dim)
+            zero_init(self.weight)
         self.classes: nn.Embedding | None = None
         if num_classes is not None:
             require_positive(num_classes=num_classes)
@@ -72,6 +87,9 @@ class Conditioning(nn.Module):
             raise ValueError(
                 "s was given to a network of one time: construct it with two_times=True"
             )
+        w: Tensor | None = None
+        if self.weight is not None:
+            cond, w = _unpacked(cond, len(t), self.classes is not None)
         with torch.autocast(device_type=t.device.type, enabled=False):
             h = sinusoid(t, _SINUSOID_DIM, self.time_scale)
             h = F.silu(F.linear(h, self.fc1.weight.float(), self.fc1.bias.float()))
@@ -80,6 +98,9 @@ class Conditioning(nn.Module):
                 gap = torch.zeros_like(t) if s is None else t - s
                 wave = sinusoid(gap, _SINUSOID_DIM, self.time_scale)
                 h = h + F.linear(wave, self.gap.weight.float(), self.gap.bias.float())
+            if self.weight is not None and w is not None:
+                wave = sinusoid(w, _SINUSOID_DIM, _WEIGHT_SCALE)
+                h = h + F.linear(wave, self.weight.weight.float(), self.weight.bias.float())
             if self.classes is None:
                 if cond is not None:
                     raise ValueError(
@@ -90,6 +111,19 @@ class Conditioning(nn.Module):
                 table = self.classes.weight.float()
                 h = h + (table[-1] if cond is None else _looked_up(_labels(cond, t, table), table))
             return F.silu(h)
+
+
+def _unpacked(cond: Tensor | None, n: int, labelled: bool) -> tuple[Tensor | None, Tensor]:
+    """Labels and the weight of guidance."""
+    columns = 1 + labelled
+    if cond is None or cond.shape != (n, columns) or not cond.is_floating_point():
+        got = "None" if cond is None else f"{cond.dtype} {list(cond.shape)}"
+        raise ValueError(
+            f"a guided network needs cond of shape [{n}, {columns}], the weight of guidance in the "
+            f"last column: fastcm.sampling.append_weight(labels, weight); got {got}"
+        )
+    features, w = split_weight(cond)
+    return (features[:, 0].long() if labelled else None), w
 
 
 def _looked_up(labels: Tensor, table: Tensor) -> Tensor:

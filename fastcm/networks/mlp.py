@@ -37,6 +37,7 @@ class MLP(nn.Module):
             unconditional network.
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
         two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
+        guided: cond holds the weight of guidance, too; see `fastcm.sampling.append_weight`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class MLP(nn.Module):
         num_classes: int | None = None,
         time_scale: float = 1000.0,
         two_times: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         require_positive(**{f"shape[{i}]": n for i, n in enumerate(shape)})
@@ -61,11 +63,12 @@ class MLP(nn.Module):
             "num_classes": num_classes,
             "time_scale": time_scale,
             **({"two_times": True} if two_times else {}),
+            **({"guided": True} if guided else {}),
         }
         self.shape = tuple(shape)
         size = math.prod(shape)
         cond_dim = width // 8
-        self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times)
+        self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times, guided)
         self.input = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, cond_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

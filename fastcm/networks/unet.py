@@ -105,6 +105,7 @@ class UNet(nn.Module):
         dropout: probability inside the residual blocks.
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
         two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
+        guided: cond holds the weight of guidance, too; see `fastcm.sampling.append_weight`.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         time_scale: float = 1000.0,
         two_times: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         require_positive(
@@ -149,6 +151,7 @@ class UNet(nn.Module):
             "dropout": dropout,
             "time_scale": time_scale,
             **({"two_times": True} if two_times else {}),
+            **({"guided": True} if guided else {}),
         }
         self.in_channels = in_channels
         self.multiple = 2**last
@@ -160,7 +163,7 @@ class UNet(nn.Module):
         ) -> Block:
             return Block(i, o, cond_dim, dropout=dropout, num_heads=heads, resample=resample)
 
-        self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times)
+        self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times, guided)
         self.input = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         channels, skips = base_channels, [base_channels]
         self.down = nn.ModuleList()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.networks.protocol import Network, append_weight, check_output, unconditional
 from fastcm.objectives.base import Batch, Loss, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
@@ -43,7 +43,9 @@ class ConsistencyDistillation:
         skip: intervals of the grid from t down to s in one step of the solver; LCM: 20 of 1,000.
         discretization, grid, times, metric, weight, target_average: see `ConsistencyTraining`.
         guidance: weight w of v_u + w (v_c - v_u), evaluated as one batch of conditional and
-            unconditional rows; None uses the conditional velocity alone.
+            unconditional rows; None uses the conditional velocity alone. A range (low, high) draws
+            w uniformly for each row, and the student reads it from `cond`, whose last column it
+            is: `append_weight` packs it, and networks here are then ``guided=True``.
         null_condition: what stands for "no condition" under guidance: a label or a tensor.
 
     Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance, skipping and DDIM: Luo et al.
@@ -59,7 +61,7 @@ class ConsistencyDistillation:
     metric: Metric = PseudoHuber()
     weight: Weight = inverse_gap
     target_average: Average | None = EMA(0.9)
-    guidance: float | None = None
+    guidance: float | tuple[float, float] | None = None
     null_condition: Tensor | int | None = None
     solver: Literal["euler", "heun", "ddim"] = "euler"
     skip: int = 1
@@ -89,6 +91,8 @@ class ConsistencyDistillation:
                 )
         if self.guidance is not None and self.null_condition is None:
             raise ValueError("guidance needs null_condition, got None")
+        if isinstance(self.guidance, tuple) and not self.guidance[0] <= self.guidance[1]:
+            raise ValueError(f"guidance must be a range (low, high), got {self.guidance}")
         self.teacher.requires_grad_(False).eval()
 
     @property
@@ -104,10 +108,13 @@ class ConsistencyDistillation:
         (x_t,) = batch.states(p, t)
         (input_t,) = batch.network_inputs(p, (t, x_t))
         at_t, at_s = p.coefficients(t), p.coefficients(s)
+        w, cond = self._weight(batch), batch.cond
+        if isinstance(self.guidance, tuple) and w is not None:
+            cond = append_weight(cond, w)
         with torch.no_grad():
-            x_s, input_s = self._teacher_step(batch, t, s, x_t, input_t)
-            F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
-        F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
+            x_s, input_s = self._teacher_step(batch, t, s, x_t, input_t, w)
+            F_s = target_output(net, target_net, input_s, p.c_noise(s), cond)
+        F_t = check_output("net", net(input_t, p.c_noise(t), cond), input_t)
         return Loss.of(
             F_t,
             x_t,
@@ -118,8 +125,25 @@ class ConsistencyDistillation:
             weight=self.weight(t, s, p.path),
         )
 
+    def _weight(self, batch: Batch) -> Tensor | None:
+        """Of guidance, float64 ``[B]``."""
+        if self.guidance is None:
+            return None
+        if isinstance(self.guidance, tuple):
+            low, high = self.guidance
+            return low + (high - low) * batch.uniform(rng.LEVEL)
+        return torch.full(
+            batch.x0.shape[:1], self.guidance, dtype=torch.float64, device=batch.x0.device
+        )
+
     def _teacher_step(
-        self, batch: Batch, t: Tensor, s: Tensor, x_t: Tensor | Noised, input_t: Tensor
+        self,
+        batch: Batch,
+        t: Tensor,
+        s: Tensor,
+        x_t: Tensor | Noised,
+        input_t: Tensor,
+        weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """xhat_s in float32 and the target network's input.
 
@@ -136,13 +160,13 @@ class ConsistencyDistillation:
             scale, factor = keep + gain * at.a, -gain * at.b
         else:
             scale, factor = 1.0 - dt * at.c, dt * at.d
-        F, F_uncond, weight = self._evaluated(batch, q.c_noise(t), input_t)
+        F, F_uncond = self._evaluated(batch, q.c_noise(t), input_t)
         x_s, input_s = ops.euler_step(
             x_t, F, factor, v_uncond=F_uncond, guidance=weight, scale=scale, **to_input
         )
         if self.solver != "heun":
             return x_s, input_s
-        F, F_uncond, weight = self._evaluated(batch, q.c_noise(s), input_s)
+        F, F_uncond = self._evaluated(batch, q.c_noise(s), input_s)
         if F_uncond is not None and weight is not None:
             F = ops.boundary(F, F_uncond, weight, 1.0 - weight)
         # x_t - dt (v_t + v_s) / 2 = (x_t + x_s - dt v_s) / 2 with Euler's x_s
@@ -152,21 +176,18 @@ class ConsistencyDistillation:
         x_s, input_s = ops.euler_step(x_t, y, -one, scale=0.5 * one, **to_input)
         return x_s, input_s
 
-    def _evaluated(
-        self, batch: Batch, c_noise: Tensor, x: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The teacher's output with and without condition, and the weight of guidance ``[B]``."""
+    def _evaluated(self, batch: Batch, c_noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's output, and under guidance that without condition."""
         cond, teacher = batch.cond, batch.network(self.teacher)
         if self.guidance is None:
-            return check_output("teacher", teacher(x, c_noise, cond), x), None, None
+            return check_output("teacher", teacher(x, c_noise, cond), x), None
         if cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")
         inputs = torch.cat([x, x])
         conds = torch.cat([cond, unconditional(cond, self.null_condition)])
         both = check_output("teacher", teacher(inputs, c_noise.repeat(2), conds), inputs)
         F, F_uncond = both.chunk(2)
-        weight = torch.full(x.shape[:1], self.guidance, dtype=torch.float64, device=x.device)
-        return F, F_uncond, weight
+        return F, F_uncond
 
 
 def check_skip(n: int | Curriculum, skip: int) -> None:

@@ -6,6 +6,8 @@ network; `sampler` cuts a request into batches, `engine` computes one of them. `
 what it shares with training: `graphs`, `precision`, `progress`.
 """
 
+from fastcm.networks.protocol import append_weight as append_weight
+from fastcm.networks.protocol import split_weight as split_weight
 from fastcm.sampling import editing as editing
 from fastcm.sampling.export import export_sampler as export_sampler
 from fastcm.sampling.functions import SOLVERS as SOLVERS
@@ -17,7 +19,5 @@ from fastcm.sampling.functions import ode as ode
 from fastcm.sampling.functions import one_step as one_step
 from fastcm.sampling.functions import search_times as search_times
 from fastcm.sampling.guidance import Guidance as Guidance
-from fastcm.sampling.guidance import append_weight as append_weight
 from fastcm.sampling.guidance import predict as predict
-from fastcm.sampling.guidance import split_weight as split_weight
 from fastcm.sampling.sampler import Sampler as Sampler

@@ -5,8 +5,8 @@ rows go through the network in one call, and the two outputs stay apart (`Guided
 map of the sampler reads them: guidance costs no pass of its own.
 
 A network that takes the weight as an input (Luo et al. 2023, LCM) reads it from `cond`, whose
-last column it is: `append_weight` packs it, `split_weight` unpacks it inside the network, and
-`guidance` stays None, since such a network needs no unconditional rows.
+last column it is (`fastcm.networks.protocol.append_weight`), and `guidance` stays None, since such
+a network needs no unconditional rows.
 """
 
 from __future__ import annotations
@@ -192,38 +192,3 @@ def _both(cond: Tensor | None, null: Tensor | int | None) -> Tensor:
     if cond is None:
         raise ValueError("guidance needs cond, got None")
     return torch.cat([cond, unconditional(cond, null)])
-
-
-def append_weight(cond: Tensor | None, weight: float | Tensor, n: int | None = None) -> Tensor:
-    """Conditioning for a network that takes the guidance weight as an input.
-
-    Args:
-        cond: ``[B]`` labels (below 2**24, exact in float32), ``[B, C]`` features, or None.
-        weight: one number, or ``[B]``.
-        n: B, where `cond` is None.
-
-    Returns:
-        float32 ``[B, C + 1]`` (C = 1 for labels, 0 for None), the weight in the last column.
-
-    Raises:
-        ValueError: neither cond nor n is given; a cond of another rank.
-    """
-    if cond is None and n is None:
-        raise ValueError("append_weight needs cond or n, got neither")
-    if cond is not None and cond.dim() not in (1, 2):
-        raise ValueError(f"cond must be [B] or [B, C], got shape {list(cond.shape)}")
-    if cond is None:
-        columns = torch.empty(n or 0, 0, dtype=torch.float32)
-    else:
-        columns = cond.reshape(len(cond), -1).float()
-    w = torch.as_tensor(weight, dtype=torch.float32, device=columns.device)
-    return torch.cat([columns, w.expand(len(columns))[:, None]], dim=1)
-
-
-def split_weight(cond: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `append_weight`, for use inside the network.
-
-    Returns:
-        (features ``[B, C]``, weight ``[B]``), float32; labels are ``features[:, 0].long()``.
-    """
-    return cond[:, :-1], cond[:, -1]

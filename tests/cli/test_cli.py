@@ -162,7 +162,7 @@ def test_conditional_runs_draw_the_label_asked_for(tmp_path: Path) -> None:
     [
         (
             ["--method", "ddpm"],
-            "--method must be one of flow, stepwise, ct, ict, ect, shortcut, cfm, cd, got 'ddpm'",
+            "--method must be one of flow, stepwise, ct, ict, ect, shortcut, cfm, cd, lcm, pairs",
         ),
         (["--method", "flow", "--intervals", "40"], "--intervals has no meaning for --method flow"),
         (["--method", "ct", "--teacher", "x"], "--teacher has no meaning for --method ct"),
@@ -255,7 +255,15 @@ def test_every_recipe_option_changes_the_run_or_is_refused() -> None:
         "precision": "bf16", "net": "unet",
     }  # fmt: skip
     elsewhere = {"data", "size", "channels", "compile", "condition_dropout"}
-    elsewhere |= {"teacher", "guidance", "solver", "skip", "init", "segments"}  # of other methods
+    elsewhere |= {
+        "teacher",
+        "guidance",
+        "guidance_range",
+        "solver",
+        "skip",
+        "init",
+        "segments",
+    }  # of other methods
     fields = set(recipes.Recipe.__dataclass_fields__)
     assert set(changes) | elsewhere == fields
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastcm import cli, networks
-from fastcm.cli.recipes import METHODS
+from fastcm.cli.tables import METHODS
 from fastcm.precision import Precision
 from fastcm.runs.checkpoint import load
 
@@ -86,7 +86,7 @@ def test_training_on_pairs(method: str, net: str, precision: str, pairs: Path, h
 
 
 def test_the_lists_are_complete() -> None:
-    assert set(METHODS) == {*FROM_DATA, "cd", "pairs"}
+    assert set(METHODS) == {*FROM_DATA, "cd", "lcm", "pairs"}
     assert set(NETWORKS) == set(networks._NETWORKS)
 
 
@@ -102,6 +102,19 @@ def test_training_from_data(method: str, net: str, precision: str, here: Path) -
     sampled(run, "--precision", precision, "--steps", 2)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("net", NETWORKS)
+def test_distillation_of_guidance(
+    net: str, precision: str, teachers: dict[str, Path], here: Path
+) -> None:
+    run = trained(
+        here / f"lcm-{net}-{precision}",
+        *("--method", "lcm", "--teacher", teachers[net], "--conditional"),
+        *("--net", net, "--precision", precision, "--guidance-range", "1,5"),
+    )
+    sampled(run, "--precision", precision, "--guidance", 4.0)
+
+
 @pytest.mark.parametrize("solver", ["heun", "ddim"])
 def test_teacher_solvers(solver: str, teachers: dict[str, Path], here: Path) -> None:
     run = trained(
@@ -112,7 +125,7 @@ def test_teacher_solvers(solver: str, teachers: dict[str, Path], here: Path) -> 
     sampled(run)
 
 
-@pytest.mark.parametrize("method", ["ect", "ct"])
+@pytest.mark.parametrize("method", ["ect", "ct", "shortcut"])
 def test_a_run_that_starts_from_a_flow(method: str, teachers: dict[str, Path], here: Path) -> None:
     run = trained(
         here / f"{method}-init",

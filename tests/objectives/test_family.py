@@ -460,3 +460,52 @@ def test_a_compiled_loss_is_one_graph_and_follows_the_step(objective: Any, two_t
             found = compiled(x0, NoiseKey(0, step).tensor)
         expected = loss(x0, NoiseKey(0, step).tensor)  # small gaps t - s magnify rounding
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+# --- guidance as an input
+
+
+def test_a_drawn_weight_reaches_the_teachers_step_and_the_student() -> None:
+    """Velocity cond everywhere and outputs 0: the residual is (t - s) (v_u + w (v_c - v_u))."""
+    objective = ConsistencyDistillation(
+        Net(lambda x, t, cond: cond[:, None].expand_as(x)),
+        guidance=(2.0, 6.0),
+        null_condition=-1.0,
+        metric=SquaredL2(),
+        weight=lambda t, s, path: 1 / (t - s) ** 2,
+    )
+    student = Net(lambda x, t, cond: torch.zeros_like(x))
+    target = Net(lambda x, t, cond: torch.zeros_like(x))
+    cond = torch.rand(5000)
+    batch = Batch(torch.randn(5000, 3), NoiseKey(1), cond)
+    loss = objective.loss(student, batch, target)
+    for net in (student, target):
+        told = net.calls[0][2]
+        assert told.shape == (5000, 2)
+        assert torch.equal(told[:, 0], cond)
+    w = student.calls[0][2][:, 1]
+    assert torch.equal(w, target.calls[0][2][:, 1])
+    assert w.min() >= 2.0 and w.max() <= 6.0
+    assert abs(w.mean() - 4.0) < 0.1 and abs(w.std() - 4.0 / 12**0.5) < 0.05
+    expected = 3 * (-1.0 + w * (cond + 1.0)).square()
+    torch.testing.assert_close(loss.per_sample, expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match=r"must be a range \(low, high\), got \(6.0, 2.0\)"):
+        ConsistencyDistillation(Net(), guidance=(6.0, 2.0), null_condition=0)
+
+
+def test_a_guided_network_starts_as_the_unguided_one_and_reads_the_weight() -> None:
+    one, two = small(num_classes=4), small(num_classes=4, guided=True)
+    two.load_state_dict(one.state_dict(), strict=False)
+    for net in (one, two):
+        torch.nn.init.ones_(net.output.weight)
+    x, t, labels = torch.randn(4, 3), torch.rand(4), torch.arange(4)
+    packed = fastcm.sampling.append_weight(labels, 3.0)
+    torch.testing.assert_close(two(x, t, packed), one(x, t, labels))
+    torch.nn.init.normal_(two.conditioning.weight.weight)
+    other = fastcm.sampling.append_weight(labels, 5.0)
+    assert not torch.allclose(two(x, t, packed), two(x, t, other))
+    for cond, said in ((labels, "torch.int64"), (None, "None"), (packed[:, :1], "float32")):
+        with pytest.raises(ValueError, match=f"append_weight.*got.*{said}"):
+            two(x, t, cond)
+    alone = small(guided=True)
+    alone(x, t, fastcm.sampling.append_weight(None, 2.0, 4))

@@ -13,7 +13,7 @@ from fastcm.networks import GaussianMixture
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Linear, VarianceExploding
 from fastcm.rng import NoiseKey
-from fastcm.sampling import Sampler, guidance
+from fastcm.sampling import Sampler
 
 TIMES = [1.0, 0.7, 0.4]
 METHODS = ["multistep", *sampling.SOLVERS]
@@ -110,19 +110,19 @@ def test_a_network_takes_the_weight_through_cond():
 
     def student(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         rows.append(len(x))
-        features, w = guidance.split_weight(cond)
+        features, w = sampling.split_weight(cond)
         assert torch.equal(features[:, 0].long(), labels)
         assert torch.equal(w, weights)
         return w[:, None] * x
 
     z = torch.randn(3, 2)
-    x = sampling.one_step(student, Linear(), z, cond=guidance.append_weight(labels, weights))
+    x = sampling.one_step(student, Linear(), z, cond=sampling.append_weight(labels, weights))
     torch.testing.assert_close(x, (1 - weights[:, None]) * z)
     assert rows == [3]
     features = torch.randn(3, 5)
-    both, w = guidance.split_weight(guidance.append_weight(features, 2.0))
+    both, w = sampling.split_weight(sampling.append_weight(features, 2.0))
     assert torch.equal(both, features) and w.tolist() == [2.0] * 3
-    nothing, w = guidance.split_weight(guidance.append_weight(None, 2.0, n=4))
+    nothing, w = sampling.split_weight(sampling.append_weight(None, 2.0, n=4))
     assert nothing.shape == (4, 0) and w.tolist() == [2.0] * 4
 
 
@@ -151,6 +151,6 @@ def test_other_misuse_is_named():
     with pytest.raises(TypeError, match="cond must be a tensor"):
         run(Labelled(), "euler", z, cond=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="append_weight needs cond or n"):
-        guidance.append_weight(None, 2.0)
+        sampling.append_weight(None, 2.0)
     with pytest.raises(ValueError, match=r"cond must be \[B\] or \[B, C\]"):
-        guidance.append_weight(torch.zeros(2, 3, 4), 2.0)
+        sampling.append_weight(torch.zeros(2, 3, 4), 2.0)

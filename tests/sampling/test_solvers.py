@@ -143,7 +143,6 @@ def test_exponential_solvers_see_of_a_path_its_noise_levels_alone(path, solver, 
 
 def plain(net, solver: str, x: Tensor, times: list[float], guided) -> Tensor:
     """The solvers as their papers write them, on velocities and denoisers of `net`."""
-    path = net.parameterization.path
     ends = [*times, 0.0]  # EDM and k-diffusion end at sigma = 0, too
 
     def at(kind: str, x: Tensor, i: int) -> Tensor:

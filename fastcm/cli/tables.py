@@ -1,0 +1,82 @@
+"""What the options of the command line may be, and which methods have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastcm import losses, paths, schedules
+from fastcm.ema import EMA
+from fastcm.sampling.engine import Method
+
+METHODS = ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "cd", "lcm", "pairs")
+TWO_TIMES = ("shortcut",)
+PATHS: dict[str, paths.Path] = {
+    "linear": paths.Linear(),
+    "ve": paths.VarianceExploding(),
+    "trig": paths.TrigFlow(),
+    "vp": paths.VariancePreserving(),
+}
+METRICS: dict[str, losses.Metric] = {
+    "squared-l2": losses.SquaredL2(),
+    "l2": losses.L2(),
+    "l1": losses.L1(),
+    "pseudo-huber": losses.PseudoHuber(),
+}
+WEIGHTS: dict[str, losses.Weight] = {
+    "uniform": losses.uniform,
+    "inverse-gap": losses.inverse_gap,
+    "inverse-square": losses.inverse_square,
+    "snr": losses.snr,
+    "min-snr": losses.MinSNR(),
+    "karras": losses.Karras(),
+}
+GRIDS: dict[str, schedules.Grid] = {
+    "uniform": schedules.UniformGrid(),
+    "karras": schedules.KarrasGrid(),
+}
+TIMES: dict[str, schedules.TimeSampler] = {
+    "uniform": schedules.UniformTime(),
+    "logit-normal": schedules.LogitNormal(),
+    "log-normal": schedules.LogNormal(),
+}
+CURRICULA: dict[str, Callable[[int], schedules.Curriculum]] = {
+    "cm": schedules.CMCurriculum,
+    "ict": schedules.ICTCurriculum,
+}
+
+MORE_INPUTS = ("two_times", "guided")
+"""What a network may take that the one it starts from does not."""
+
+LCM: dict[str, Any] = {
+    "discretization": 1000,
+    "skip": 20,
+    "solver": "ddim",
+    "weight": losses.uniform,
+    "target_average": EMA(0.95),
+}
+"""Of Luo et al. 2023, table 3 of the appendix; for the range of guidance see `Recipe.weights`."""
+
+METHODS_WITH: dict[str, tuple[str, ...]] = {
+    "condition_dropout": ("flow",),
+    "times": ("flow", "ct", "ict", "shortcut", "cfm", "cd", "lcm"),
+    "weight": ("flow", "stepwise", "ct", "ict", "ect", "cd", "lcm"),
+    "segments": ("cfm",),
+    "grid": ("stepwise", "ct", "ict", "cd", "lcm"),
+    "intervals": ("stepwise", "ct", "cd", "lcm"),
+    "target_ema": ("ct", "shortcut", "cfm", "cd", "lcm"),
+    "init": ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "pairs"),
+    "teacher": ("cd", "lcm"),
+    "guidance": ("cd",),
+    "guidance_range": ("lcm",),
+    "solver": ("cd", "lcm"),
+    "skip": ("cd", "lcm"),
+}
+"""The options that not every method has."""
+
+
+def sampling_method(objective: str) -> Method:
+    """How samples are drawn from what an objective of this name trains."""
+    if objective in ("FlowMatching", "ConsistencyFlowMatching"):
+        return "ode"
+    return "flow-map" if objective == "Shortcut" else "multistep"
