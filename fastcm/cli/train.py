@@ -59,7 +59,7 @@ def train(
         _option("condition_dropout", "share of rows without label, for guidance"),
     ] = None,
     path: Annotated[
-        str | None, typer.Option(help=f"{_names(tables.PATHS)} [ve for ict, else linear]")
+        str | None, typer.Option(help=f"{_names(tables.PATHS)} of ict ve by default, else linear")
     ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="v, eps, x0, edm or cm; the path's own if absent")
