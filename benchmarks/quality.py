@@ -47,6 +47,8 @@ def recipe(method: str, steps: int, seed: int, flow: Path) -> Recipe:
 def train(which: Recipe, out: Path) -> None:
     trainer = which.trainer(out, progress=False, log=lambda line: None)
     trainer.fit(which.steps)
+    if trainer.interrupted is not None:
+        raise SystemExit(f"stopped by {trainer.interrupted.name}")
 
 
 def make_pairs(flow: Path, count: int) -> None:
