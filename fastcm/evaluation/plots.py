@@ -67,14 +67,15 @@ def ode_states(
         times: descending, in (t_min, t_max].
 
     Returns:
-        ``[len(times) + 1, B, ...]``, from sigma(times[0]) z to the sample at t_min.
+        ``[len(times) + 1, B, ...]``, from sigma(times[0]) z to the sample.
 
     Raises:
         ValueError: times that do not descend or leave the path.
     """
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=False)
-    levels = solvers.levels(p, times)
+    *levels, end = solvers.levels(p, times)
+    levels.append(solvers.at_data(end))
     states = [levels[0].sigma * z]
     for t, step in zip(times, pairwise(levels)):
         x = states[-1]
