@@ -130,6 +130,14 @@ class Parameterization:
         return a, b
 
 
+def check_velocity(p: Parameterization) -> None:
+    """Raise ValueError unless the network's output is the velocity dx/dt itself."""
+    if not isinstance(p.path, Linear) or p.prediction != "v":
+        raise ValueError(
+            f"the network must predict 'v' on Linear, got {p.prediction!r} on {p.path}"
+        )
+
+
 class Rescaled(nn.Module):
     """Serves a network trained under one parameterization as one of another path.
 

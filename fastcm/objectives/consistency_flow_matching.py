@@ -11,9 +11,8 @@ from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, SquaredL2
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, target_output
-from fastcm.objectives.shortcut import check_velocity
 from fastcm.ops import Denoised
-from fastcm.parameterization import Parameterization
+from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.schedules import TimeSampler, UniformTime
 
 

@@ -13,8 +13,7 @@ from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, SquaredL2
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss
-from fastcm.parameterization import Parameterization
-from fastcm.paths import Linear
+from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.schedules import TimeSampler, UniformTime
 
 
@@ -97,9 +96,3 @@ class Shortcut:
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
-
-
-def check_velocity(p: Parameterization) -> None:
-    """Raise ValueError unless the network predicts the velocity of the linear path."""
-    if not isinstance(p.path, Linear) or p.prediction != "v":
-        raise ValueError(f"this method predicts 'v' on Linear, got {p.prediction!r} on {p.path}")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.networks.protocol import Network
-from fastcm.parameterization import Parameterization
-from fastcm.paths import Linear, Path
+from fastcm.parameterization import Parameterization, check_velocity
+from fastcm.paths import Path
 from fastcm.rng import NoiseKey
 from fastcm.sampling import solvers
 from fastcm.sampling.guidance import Guidance as Guidance
@@ -208,7 +208,7 @@ def flow_map(
     Source: Frans et al. 2024, "One step diffusion via shortcut models", algorithm 2.
     """
     p = as_parameterization(path)
-    check_flow_map(p)
+    check_velocity(p)
     check_descending(p.path, times, fresh_noise=False)
     ends = [*times[1:], p.path.t_min]
     evaluate = evaluator(
@@ -221,14 +221,6 @@ def flow_map(
     for i, (at, to) in enumerate(pairwise(levels)):
         x = evaluate(x, i).map(x, 1.0, to.t - at.t)
     return x
-
-
-def check_flow_map(p: Parameterization) -> None:
-    """Raise ValueError unless the network's output is the velocity dx/dt."""
-    if not isinstance(p.path, Linear) or p.prediction != "v":
-        raise ValueError(
-            f"a network of two times predicts 'v' on Linear, got {p.prediction!r} on {p.path}"
-        )
 
 
 def search_times(

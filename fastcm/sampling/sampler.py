@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcm import networks
-from fastcm.parameterization import Parameterization
+from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
 from fastcm.progress import Progress
@@ -26,7 +26,6 @@ from fastcm.sampling.functions import (
     SolverName,
     as_parameterization,
     check_descending,
-    check_flow_map,
 )
 from fastcm.sampling.guidance import Guidance, check_rows, guidance_weights
 from fastcm.schedules import Grid, UniformGrid, sampling_times
@@ -99,7 +98,7 @@ class Sampler:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.parameterization = as_parameterization(path)
         if method == "flow-map":
-            check_flow_map(self.parameterization)
+            check_velocity(self.parameterization)
         self.times = (
             sampling_times(grid, 1 if steps is None else steps, self.parameterization.path)
             if times is None

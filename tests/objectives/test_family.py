@@ -355,7 +355,7 @@ def test_the_flow_map_of_a_gaussian_is_exact_in_any_number_of_steps() -> None:
         torch.testing.assert_close(x, GAUSSIAN * z, rtol=1e-4, atol=1e-5)
     sampler = fastcm.Sampler(TwoTimes(), Linear(), steps=2, method="flow-map", shape=(2,))
     assert sampler(1000, seed=1).std().item() == pytest.approx(GAUSSIAN, rel=0.05)
-    with pytest.raises(ValueError, match="predicts 'v' on Linear"):
+    with pytest.raises(ValueError, match="must predict 'v' on Linear"):
         fastcm.Sampler(TwoTimes(), VarianceExploding(), method="flow-map")
 
 
@@ -393,11 +393,11 @@ def test_both_parts_of_consistency_flow_matching_reach_the_gradient() -> None:
     ("make", "said"),
     [
         (lambda: Shortcut(steps=6), "power of 2, got 6"),
-        (lambda: Shortcut(Parameterization(TrigFlow())), "predicts 'v' on Linear"),
+        (lambda: Shortcut(Parameterization(TrigFlow())), "must predict 'v' on Linear"),
         (lambda: Shortcut(clip=0.0), "clip must be > 0"),
         (lambda: ConsistencyFlowMatching(segments=0), "segments must be >= 1"),
         (lambda: ConsistencyFlowMatching(delta=0.6), r"delta must be in \(0, 0.5\]"),
-        (lambda: ConsistencyFlowMatching(Parameterization(Linear(), "x0")), "predicts 'v'"),
+        (lambda: ConsistencyFlowMatching(Parameterization(Linear(), "x0")), "must predict 'v'"),
     ],
 )
 def test_settings_of_the_flow_methods_out_of_range_are_refused(make: Any, said: str) -> None:
