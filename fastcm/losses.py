@@ -141,6 +141,19 @@ def snr(t: Tensor, s: Tensor, path: Path) -> Tensor:
     return (at.alpha / at.sigma).square()
 
 
+def snr_plus_one(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """SNR + 1, which makes the error of "v" on `VariancePreserving` of that of x0.
+
+    Source: Salimans & Ho 2022, "Progressive distillation", section 4.
+    """
+    return snr(t, s, path) + 1.0
+
+
+def truncated_snr(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """max(SNR, 1). Source: Salimans & Ho 2022, "Progressive distillation", section 4."""
+    return snr(t, s, path).clamp_min(1.0)
+
+
 @dataclass(frozen=True)
 class MinSNR:
     """min(SNR, gamma). Source: Hang et al. 2023, "Efficient diffusion training via min-SNR"."""

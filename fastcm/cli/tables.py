@@ -28,6 +28,8 @@ WEIGHTS: dict[str, losses.Weight] = {
     "inverse-gap": losses.inverse_gap,
     "inverse-square": losses.inverse_square,
     "snr": losses.snr,
+    "snr-plus-one": losses.snr_plus_one,
+    "truncated-snr": losses.truncated_snr,
     "min-snr": losses.MinSNR(),
     "karras": losses.Karras(),
 }

@@ -241,3 +241,15 @@ def test_the_target_in_closed_form_is_the_tensor_it_stands_for():
     ):
         one = ops.consistency_loss(F, x0, a, b, closed)[1]
         assert torch.equal(one, ops.consistency_loss(F, x0, a, b, tensor)[1])
+
+
+def test_weights_by_the_signal_to_noise_ratio():
+    """On the linear path SNR = ((1 - t) / t)^2: 9 at t = 1/4, 1/9 at t = 3/4."""
+    t = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    for weight, expected in (
+        (losses.snr, [9.0, 1 / 9]),
+        (losses.snr_plus_one, [10.0, 10 / 9]),
+        (losses.truncated_snr, [9.0, 1.0]),
+        (losses.MinSNR(5.0), [5.0, 1 / 9]),
+    ):
+        torch.testing.assert_close(weight(t, t, Linear()), torch.tensor(expected).double())
