@@ -142,7 +142,7 @@ def snr(t: Tensor, s: Tensor, path: Path) -> Tensor:
 
 
 def snr_plus_one(t: Tensor, s: Tensor, path: Path) -> Tensor:
-    """SNR + 1, which makes the error of "v" on `VariancePreserving` of that of x0.
+    """SNR + 1: makes of the error of x0 that of "v" on `VariancePreserving`.
 
     Source: Salimans & Ho 2022, "Progressive distillation", section 4.
     """
