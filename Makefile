@@ -32,7 +32,7 @@ gpu-ops gpu-optim gpu-step gpu-sampling: gpu-%:
 gpu-missing:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.missing
 
-# Every method on digits, three seeds: about 25 minutes.
+# Every method on digits, three seeds: about 15 minutes.
 quality: .venv/test
 	PYTHONPATH=. $(BIN)/python -m benchmarks.quality
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report

@@ -1,6 +1,6 @@
 """How good samples get: every method on digits in the same time, with one network and three seeds.
 
-    python -m benchmarks.quality [--seconds 40] [--seeds 3] [--methods flow ct ...]
+    python -m benchmarks.quality [--seconds 25] [--seeds 3] [--methods flow ct ...]
 
 Steps a second are measured first, the methods taking turns, and give each its number of steps: what
 else the machine does later changes no figure. A method that starts from a flow (`cd`, `ect`,
@@ -94,7 +94,7 @@ def distances(run: Path, count: int, held_out: Dataset) -> dict[str, dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of training")
+    parser.add_argument("--seconds", type=float, default=25.0, help="of training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS)
