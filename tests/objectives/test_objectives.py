@@ -301,3 +301,21 @@ def test_settings_that_cannot_work_are_refused():
         ConsistencyDistillation(Net(), guidance=2.0)
     with pytest.raises(TypeError, match="teacher"):
         ConsistencyDistillation(lambda x, t, cond: x)
+
+
+def test_a_velocity_error_is_a_denoiser_error_over_t_squared():
+    """Seed eq. 1 and 2: the same network, once told as v = (x - f) / t and once as f."""
+    batch = Batch(torch.randn(64, 3), NoiseKey(7))
+
+    def denoiser(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        return (0.3 * x).sin() + t[:, None]
+
+    def velocity(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        return (x - denoiser(x, t, cond)) / t[:, None]
+
+    as_v = FlowMatching(Parameterization(Linear(), "v")).loss(Net(velocity), batch)
+    as_x0 = FlowMatching(Parameterization(Linear(), "x0"), weight=losses.inverse_square)
+    found = as_x0.loss(Net(denoiser), batch)
+    torch.testing.assert_close(as_v.per_sample, found.per_sample, rtol=1e-3, atol=1e-4)
+    plain = FlowMatching(Parameterization(Linear(), "x0")).loss(Net(denoiser), batch)
+    assert not torch.allclose(as_v.per_sample, plain.per_sample, rtol=0.1)
