@@ -241,7 +241,7 @@ class Recipe:
     @property
     def steps_per_phase(self) -> int:
         """Of stepwise training; the last phase takes what is left."""
-        return max(self.steps // self.phases, 1)
+        return max(self.steps // max(self.phases, 1), 1)
 
     def _discretization(self, value: str) -> int | schedules.Curriculum:
         if value in CURRICULA:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastcm.cli.runs import condition, labels
-from fastcm.data.loading import PAIRS, SETTINGS
+from fastcm.data.loading import PAIRS, SETTINGS, indices_of
 from fastcm.evaluation import pictures
 from fastcm.progress import Progress
 from fastcm.rng import check_key
@@ -37,7 +37,6 @@ from fastcm.training.interrupt import StopSignals
 
 FORMATS = ("png", "npz", PAIRS)
 _END = 2**32  # of the indices
-_NAME = re.compile(r"(\d+)(?:\.png|-(\d+)\.npz)")
 _LEFT_OVER = re.compile(rf"{re.escape(WRITING)}(.+)-(\d{{1,9}})")
 _WRITERS = 8  # a small file costs waiting for the disk, not work
 
@@ -227,7 +226,7 @@ class _Folder:
 
     def _shards(self) -> list[range]:
         names = os.listdir(self.path) if self.path.exists() else []
-        shards = sorted(filter(None, map(_indices, names)), key=lambda shard: shard.start)
+        shards = sorted(filter(None, map(indices_of, names)), key=lambda shard: shard.start)
         for a, b in pairwise(shards):
             if b.start < a.stop:
                 raise ValueError(
@@ -270,16 +269,10 @@ class _Folder:
             match = _LEFT_OVER.fullmatch(path.name)
             if match is None or _is_running(int(match[2])):
                 continue
-            held = _indices(match[1])
+            held = indices_of(match[1])
             ours = held is not None and held.start < wanted.stop and held.stop > wanted.start
             if ours or match[1] == SETTINGS:
                 path.unlink(missing_ok=True)
-
-
-def _indices(name: str) -> range | None:
-    """The indices of the samples in a file, by its name."""
-    match = _NAME.fullmatch(name)
-    return match and range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def _is_running(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -24,6 +25,14 @@ SETTINGS = "samples.json"
 
 PAIRS = "pairs"
 """The format of shards of ``fastcm pairs``, by the indices that they hold."""
+
+_NAME = re.compile(r"(\d+)(?:\.png|-(\d+)\.npz)")
+
+
+def indices_of(name: str) -> range | None:
+    """The indices of the samples in a file of such a folder, by its name; None for other files."""
+    match = _NAME.fullmatch(name)
+    return match and range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def pairs(path: str | os.PathLike[str]) -> Dataset:
@@ -51,14 +60,17 @@ def pairs(path: str | os.PathLike[str]) -> Dataset:
     end: int | None = None
     xs: list[Tensor] = []
     labels: list[Tensor] = []
-    for file in sorted(folder.glob("*-*.npz")):
-        first, last = (int(index) for index in file.stem.split("-"))
-        if end is not None and first != end:
+    found = ((indices_of(file.name), file) for file in folder.glob("*.npz"))
+    shards = [(held.start, held.stop, file) for held, file in found if held is not None]
+    for first, stop, file in sorted(shards):
+        if end is not None and first > end:
             raise ValueError(
                 f"{folder} has no shard of the pairs {end}..{first - 1}: the same `fastcm pairs` "
                 "again makes what is missing"
             )
-        end = last + 1
+        if end is not None and first < end:
+            raise ValueError(f"{file} holds pairs below {end} that another shard holds, too")
+        end = stop
         arrays = read_arrays(file)
         x = as_tensor(arrays["x"]) if "x" in arrays else torch.empty(0)
         if x.shape != (end - first, *shape) or x.dtype != torch.float32:

@@ -13,7 +13,6 @@ from fastcm.networks.protocol import split_weight
 
 _SINUSOID_DIM = 256
 _MAX_PERIOD = 10000.0
-_WEIGHT_SCALE = 1.0  # weights of guidance are of the order of 1 to 15
 
 
 def sinusoid(t: Tensor, dim: int, time_scale: float = 1.0) -> Tensor:
@@ -99,7 +98,7 @@ class Conditioning(nn.Module):
                 wave = sinusoid(gap, _SINUSOID_DIM, self.time_scale)
                 h = h + F.linear(wave, self.gap.weight.float(), self.gap.bias.float())
             if self.weight is not None and w is not None:
-                wave = sinusoid(w, _SINUSOID_DIM, _WEIGHT_SCALE)
+                wave = sinusoid(w, _SINUSOID_DIM)
                 h = h + F.linear(wave, self.weight.weight.float(), self.weight.bias.float())
             if self.classes is None:
                 if cond is not None:

@@ -165,6 +165,8 @@ def test_conditional_runs_draw_the_label_asked_for(tmp_path: Path) -> None:
             "--method must be one of flow, stepwise, ct, ict, ect, shortcut, cfm, cd, lcm, pairs",
         ),
         (["--method", "flow", "--intervals", "40"], "--intervals has no meaning for --method flow"),
+        (["--method", "stepwise", "--intervals", "0"], "phases must be >= 1, got 0"),
+        (["--method", "stepwise", "--intervals", "cm"], "--intervals must be a number for"),
         (["--method", "ct", "--teacher", "x"], "--teacher has no meaning for --method ct"),
         (["--method", "cd"], "--method cd needs --teacher"),
         (["--metric", "lpips"], "--metric must be one of"),

@@ -52,6 +52,19 @@ def test_ranges_of_several_processes_make_the_same_pairs(sampler: Sampler, tmp_p
     assert torch.equal(data.load(parts).x, whole.x)
 
 
+def test_shards_follow_their_indices_and_not_their_names(sampler: Sampler, tmp_path: Path) -> None:
+    """One of 7 digits comes before one of 6 in the alphabet; other files are none."""
+    folder = made(sampler, tmp_path / "p", 32, first=10**6 - 16)
+    assert sorted(f.name for f in folder.glob("*.npz"))[0].startswith("1000000")
+    np.savez(folder / "my-notes.npz", x=np.zeros(3))
+    x = data.load(folder).samples
+    torch.testing.assert_close(x, sampler(32, seed=7, first_sample=10**6 - 16), rtol=0, atol=1e-5)
+    kept = (folder / "1000000-1000015.npz").read_bytes()
+    (folder / "1000008-1000023.npz").write_bytes(kept)
+    with pytest.raises(ValueError, match="holds pairs below 1000016 that another shard holds"):
+        data.load(folder)
+
+
 def test_damaged_pairs_are_refused(sampler: Sampler, tmp_path: Path) -> None:
     folder = made(sampler, tmp_path / "p", 64)
     shard = folder / "000016-000031.npz"
