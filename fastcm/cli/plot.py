@@ -149,7 +149,11 @@ def gap(
     }
     gaps = {
         name: consistency_gap(
-            sampler.net, sampler.parameterization, held_out.samples, seed=seed, cond=held_out.labels
+            sampler.net,
+            sampler.parameterization,
+            held_out.samples,
+            seed=seed,
+            cond=runs.condition(sampler, held_out.labels, None, len(held_out))["cond"],
         )
         for name, (sampler, held_out) in found.items()
     }
