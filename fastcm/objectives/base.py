@@ -73,11 +73,12 @@ class Batch:
     """One step as an objective sees it.
 
     Args:
-        x0: data ``[B, ...]``, uint8 (x / 127.5 - 1) or float.
+        x0: data ``[B, ...]``, uint8 (x / 127.5 - 1) or float; float64 keeps the arithmetic around
+            the network in float64.
         key: noise key; ``key.step`` is the step counter.
         cond: any tensor with B rows, or None.
         first_sample: index of row 0 in the global batch (accumulation, data parallelism).
-        input_dtype: dtype of the network's x.
+        input_dtype: dtype of the network's x; a network in float64 needs that here, too.
         z: the noise ``[B, ...]`` that each row of x0 was made from; None draws it by the key.
     """
 
@@ -102,11 +103,11 @@ class Batch:
         """alpha x0 + sigma z for one or two (alpha, sigma), as operands of the loss.
 
         In closed form where a kernel regenerates them, since memory traffic is what costs there;
-        else stored in float32, since they are the network's inputs, too, where c_in is 1.
+        else stored, since they are the network's inputs, too, where c_in is 1.
         """
         if self.z is None and door(self.x0, noisy=True) is Door.KERNEL:
             return tuple(self.affine(alpha, sigma) for alpha, sigma in coefficients)
-        return self._noising(coefficients, torch.float32)
+        return self._noising(coefficients, self._dtype)
 
     def states(self, p: Parameterization, *times: Tensor) -> tuple[Tensor | Noised, ...]:
         """x_t for one or two times that share z; see `versions`."""
@@ -127,8 +128,13 @@ class Batch:
         return tuple(self._scaled(p.c_in(t), x) for t, x in states if isinstance(x, Tensor))
 
     def stored(self, *coefficients: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """alpha x0 + sigma z for one or two (alpha, sigma), float32 tensors."""
-        return self._noising(coefficients, torch.float32)
+        """alpha x0 + sigma z for one or two (alpha, sigma), in float32, or float64 as x0 is."""
+        return self._noising(coefficients, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the arithmetic around the network."""
+        return torch.float64 if self.x0.dtype == torch.float64 else torch.float32
 
     def _scaled(self, c_in: Tensor | None, x: Tensor) -> Tensor:
         return (x if c_in is None else lift(c_in, x) * x).to(self.input_dtype)
@@ -152,7 +158,7 @@ class Batch:
 
     def network(self, net: Network) -> Network:
         """A network of the objective's own, such as a teacher, in the precision of this step."""
-        if self.input_dtype == torch.float32:
+        if self.input_dtype in (torch.float32, torch.float64):
             return net
         return autocast(net, self.x0.device.type)
 

@@ -145,7 +145,7 @@ class ConsistencyDistillation:
         input_t: Tensor,
         weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """xhat_s in float32 and the target network's input.
+        """xhat_s, float32 or float64 like x_t, and the target network's input.
 
         c_in belongs to the path, so the student's input serves the teacher.
         """

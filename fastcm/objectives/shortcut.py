@@ -83,7 +83,7 @@ class Shortcut:
     def _two_halves(
         self, net: Network, batch: Batch, x: Tensor, t: Tensor, d: Tensor, cond: Tensor | None
     ) -> Tensor:
-        """The mean velocity of two steps of d / 2 from x, float32."""
+        """The mean velocity of two steps of d / 2 from x, in the dtype of x."""
         half = 0.5 * d
         # below the smallest step the network knows its velocity
         told = torch.where(half * self.steps < 1.0, 0.0, half)
@@ -92,7 +92,7 @@ class Shortcut:
         x_middle = self._clipped(ops.euler_step(x, first, half))
         inputs = x_middle.to(batch.input_dtype)
         second = net(inputs, middle.float(), cond, s=(middle - told).float())
-        return self._clipped(0.5 * (first.float() + second.float()))
+        return self._clipped(0.5 * (first.to(x.dtype) + second.to(x.dtype)))
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)

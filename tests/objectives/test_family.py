@@ -13,10 +13,13 @@ from torch import Tensor
 
 import fastcm
 from fastcm import (
+    ConsistencyDistillation,
     ConsistencyFlowMatching,
     ConsistencyTraining,
     EasyConsistency,
+    FlowMatching,
     LastPhase,
+    PairDistillation,
     Shortcut,
     Stepwise,
     losses,
@@ -183,3 +186,37 @@ def test_a_compiled_loss_is_one_graph_and_follows_the_step(objective: Any, two_t
             found = compiled(x0, NoiseKey(0, step).tensor)
         expected = loss(x0, NoiseKey(0, step).tensor)  # small gaps t - s magnify rounding
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        FlowMatching(Parameterization(TrigFlow())),
+        ConsistencyTraining(),
+        ConsistencyTraining(Parameterization(VarianceExploding()), grid=KarrasGrid()),
+        ConsistencyDistillation(Net(lambda x, t, cond: 0.3 * x)),
+        ConsistencyDistillation(Net(lambda x, t, cond: 0.3 * x), solver="heun"),
+        ConsistencyFlowMatching(velocity_weight=0.1),
+        PairDistillation(),
+        Shortcut(every=1),
+    ],
+    ids=lambda o: type(o).__name__,
+)
+def test_float64_data_stays_float64(objective: Any) -> None:
+    """A change of the data below what float32 resolves is a change of every loss."""
+
+    class TwoTimes(Net):
+        def forward(self, x: Tensor, t: Tensor, cond: Any = None, s: Any = None) -> Tensor:
+            assert x.dtype == torch.float64 and t.dtype == torch.float32
+            return super().forward(x, t, cond)
+
+    net, x0 = TwoTimes(lambda x, t, cond: (0.5 * x).sin()), torch.randn(32, 3).double()
+    z = torch.randn(32, 3).double() if isinstance(objective, PairDistillation) else None
+    found = []
+    for data in (x0, x0 * (1 + 1e-11)):
+        batch = Batch(data, NoiseKey(0), input_dtype=torch.float64, z=z)
+        found.append(objective.loss(net, batch, net).per_sample)
+    assert found[0].dtype == torch.float64
+    change = (found[1] - found[0]).abs() / found[0].abs().mean()
+    # at t_max a state of the linear path has nothing of the data
+    assert (change > 0).double().mean() > 0.6 and change.max() < 1e-6
