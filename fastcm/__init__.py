@@ -17,8 +17,11 @@ from fastcm import schedules as schedules
 from fastcm.data import Dataset as Dataset
 from fastcm.ema import EMA as EMA
 from fastcm.ema import CurriculumEMA as CurriculumEMA
+from fastcm.ema import DelayedEMA as DelayedEMA
+from fastcm.ema import HalfLifeEMA as HalfLifeEMA
 from fastcm.ema import LastPhase as LastPhase
 from fastcm.ema import PowerEMA as PowerEMA
+from fastcm.ema import WarmupEMA as WarmupEMA
 from fastcm.evaluation import pictures as pictures
 from fastcm.objectives import Batch as Batch
 from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation

@@ -111,6 +111,95 @@ class PowerEMA:
 
 
 @dataclass(frozen=True)
+class WarmupEMA:
+    """beta = 1 - (1 + k / inv_gamma)^-power, within [minimum, beta]; the first update copies.
+
+    Args:
+        beta: largest decay, in (0, 1).
+        inv_gamma: > 0, the steps over which the warm-up unfolds.
+        power: > 0; 2/3 for a million steps and more, 3/4 for fewer.
+        minimum: smallest decay after the first update, in [0, beta].
+
+    Source: `EMAModel` of diffusers with ``use_ema_warmup``, and ema-pytorch, where `beta` is the
+    decay; their ``update_after_step`` is `DelayedEMA`.
+    """
+
+    beta: float = 0.9999
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    minimum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(f"WarmupEMA beta must be in (0, 1), got {self.beta}")
+        if not (self.inv_gamma > 0 and self.power > 0):
+            raise ValueError(
+                f"WarmupEMA needs inv_gamma > 0 and power > 0, got {self.inv_gamma} and "
+                f"{self.power}"
+            )
+        if not 0 <= self.minimum <= self.beta:
+            raise ValueError(
+                f"WarmupEMA minimum must be in [0, {self.beta}], the largest decay, got "
+                f"{self.minimum}"
+            )
+
+    def decay(self, step: Tensor) -> Tensor:
+        beta = 1.0 - (1.0 + step.double() / self.inv_gamma) ** -self.power
+        return torch.where(step > 0, beta.clamp(self.minimum, self.beta), 0.0)
+
+
+@dataclass(frozen=True)
+class HalfLifeEMA:
+    """beta = 0.5^(batch_size / h), h the half-life in images, at most `rampup` of those seen.
+
+    Args:
+        images: half-life, > 0; EDM: 500,000 on CIFAR-10.
+        batch_size: images a step, >= 1.
+        rampup: > 0, share of the images seen before the step; EDM: 0.05. Without it the decay is
+            constant: `EMA.half_life`.
+
+    Source: Karras et al. 2022 (EDM), its training loop's ``ema_rampup_ratio``.
+    """
+
+    images: float
+    batch_size: int
+    rampup: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.images > 0 or self.batch_size < 1 or not self.rampup > 0:
+            raise ValueError(
+                "HalfLifeEMA needs images > 0, batch_size >= 1 and rampup > 0, got "
+                f"{self.images}, {self.batch_size} and {self.rampup}"
+            )
+
+    def decay(self, step: Tensor) -> Tensor:
+        half_life = (step.double() * (self.rampup * self.batch_size)).clamp_max(self.images)
+        beta: Tensor = 0.5 ** (self.batch_size / half_life)  # 0 at step 0, where 1 / 0 is infinite
+        return beta
+
+
+@dataclass(frozen=True)
+class DelayedEMA:
+    """The weights themselves for `start` updates, then an average that begins there.
+
+    Args:
+        average: what begins; its first step is `start`.
+        start: >= 0, how many updates copy the weights.
+    """
+
+    average: EMA | CurriculumEMA | PowerEMA | WarmupEMA | HalfLifeEMA
+    start: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"DelayedEMA start must be >= 0, got {self.start}")
+
+    def decay(self, step: Tensor) -> Tensor:
+        later = self.average.decay((step - self.start).clamp_min(0))
+        return torch.where(step < self.start, 0.0, later)
+
+
+@dataclass(frozen=True)
 class LastPhase:
     """The weights as they were when the last phase of `steps` updates ended; before, the first.
 
@@ -127,7 +216,7 @@ class LastPhase:
         return ((step + 1) % self.steps != 0).double()
 
 
-Average = EMA | CurriculumEMA | PowerEMA | LastPhase
+Average = EMA | CurriculumEMA | PowerEMA | WarmupEMA | HalfLifeEMA | DelayedEMA | LastPhase
 
 
 @torch.no_grad()

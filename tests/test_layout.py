@@ -34,12 +34,12 @@ FLOOR = {wing: floor for floor, wings in enumerate(ORDER) for wing in wings}
 MATHS = ORDER[1]
 NAMES = {
     "AdamW", "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyFlowMatching",
-    "ConsistencyTraining", "CurriculumEMA", "Dataset", "EMA", "EasyConsistency", "FlowMatching",
-    "LastPhase", "Linear", "Loss", "NoiseKey", "NonFiniteError", "PairDistillation",
-    "Parameterization", "PowerEMA", "RAdam", "Rescaled", "Sampler", "Shortcut", "Stepwise",
-    "Trainer", "TrigFlow", "VarianceExploding", "VariancePreserving", "editing", "evaluation",
-    "export_sampler", "losses", "networks", "ops", "pictures", "posthoc", "rng", "sampling",
-    "schedules", "warmup_cosine",
+    "ConsistencyTraining", "CurriculumEMA", "Dataset", "DelayedEMA", "EMA", "EasyConsistency",
+    "FlowMatching", "HalfLifeEMA", "LastPhase", "Linear", "Loss", "NoiseKey", "NonFiniteError",
+    "PairDistillation", "Parameterization", "PowerEMA", "RAdam", "Rescaled", "Sampler",
+    "Shortcut", "Stepwise", "Trainer", "TrigFlow", "VarianceExploding", "VariancePreserving",
+    "WarmupEMA", "editing", "evaluation", "export_sampler", "losses", "networks", "ops",
+    "pictures", "posthoc", "rng", "sampling", "schedules", "warmup_cosine",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastcm.ema import EMA, CurriculumEMA, PowerEMA, update_
+from fastcm.ema import EMA, CurriculumEMA, DelayedEMA, HalfLifeEMA, PowerEMA, WarmupEMA, update_
 from fastcm.schedules import CMCurriculum, ICTCurriculum
 
 STEPS = torch.tensor([0, 1, 8, 9, 90, 10_000, 10**9])
@@ -33,6 +33,63 @@ def test_half_life_halves_the_weight_of_a_step_after_so_many_images():
         average += (1 - beta) * (0.0 - average)
         steps += 1
     assert steps == math.ceil(50_000 / 128)
+
+
+def test_a_warmup_by_a_power_is_that_of_its_formula():
+    """1 - (1 + k / inv_gamma)^-power worked out: powers of 8, and squares of 1/2 and 1/3."""
+    steps = torch.tensor([0, 7, 26, 10**9])
+    cubic = WarmupEMA(0.9999, power=2 / 3)
+    assert cubic.decay(steps).tolist() == pytest.approx([0.0, 3 / 4, 8 / 9, 0.9999], rel=1e-14)
+    slow = WarmupEMA(0.8, inv_gamma=10.0, power=2.0, minimum=0.2)
+    expected = [0.0, 0.2, 3 / 4, 0.8]  # 1 - 1.1^-2 is below 0.2, 1 - 3^-2 above 0.8
+    assert slow.decay(torch.tensor([0, 1, 10, 20])).tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_warmup_and_a_delay_are_those_of_diffusers(start):
+    """Which counts a step before it asks for its decay."""
+    model = pytest.importorskip("diffusers.training_utils").EMAModel
+    options = {"inv_gamma": 3.0, "power": 0.75}
+    theirs = model(
+        [],
+        decay=0.99,
+        min_decay=0.1,
+        update_after_step=start,
+        use_ema_warmup=True,
+        **options,
+    )
+    ours = DelayedEMA(WarmupEMA(0.99, minimum=0.1, **options), start)
+    steps = [0, 1, 4, 5, 6, 7, 20, 1000, 100_000]
+    expected = [theirs.get_decay(k + 1) for k in steps]
+    assert ours.decay(torch.tensor(steps)).tolist() == pytest.approx(expected, rel=1e-13)
+    assert len(set(expected)) > 4
+
+
+def test_a_half_life_ramps_up_with_the_images_seen():
+    """EDM: 0.5^(B / min(half-life, ratio times images seen)), with 500 images of half-life."""
+    average = HalfLifeEMA(images=500, batch_size=10, rampup=0.05)
+    # after 20 steps 200 images, so a half-life of one batch; after 1,000 steps that of 50 batches
+    found = average.decay(torch.tensor([0, 20, 40, 1000, 10**9])).tolist()
+    assert found == pytest.approx([0.0, 0.5, 0.5**0.5, 0.5 ** (1 / 50), 0.5 ** (1 / 50)], rel=1e-14)
+    assert found[-1] == EMA.half_life(500, 10).beta
+
+
+def test_a_delayed_average_begins_with_the_weights_at_its_start():
+    weights = [float(k * k) for k in range(8)]
+    average = [torch.tensor([-1.0])]
+    seen = []
+    for k, p in enumerate(weights):
+        beta = DelayedEMA(EMA(0.5), start=3).decay(torch.tensor(k))
+        update_(average, [torch.tensor([p])], beta)
+        seen.append(average[0].item())
+    assert seen[:3] == weights[:3]
+    expected = weights[2]
+    for found, p in zip(seen[3:], weights[3:]):
+        expected = 0.5 * (expected + p)
+        assert found == expected
+    k = torch.arange(20)
+    shifted = DelayedEMA(PowerEMA(), 6).decay(k)
+    assert torch.equal(shifted[6:], PowerEMA().decay(k[:14])) and (shifted[:6] == 0).all()
 
 
 def test_the_decay_of_consistency_training_follows_the_number_of_intervals():
@@ -129,7 +186,15 @@ def test_an_update_writes_in_place_and_keeps_out_of_autograd():
 def test_decays_run_on_a_device_without_reading_the_step_back():
     """On the meta device any .item() raises."""
     step = torch.zeros((), dtype=torch.int64, device="meta")
-    for average in (EMA(0.9), EMA(0.9, warmup=True), PowerEMA(), CurriculumEMA(CMCurriculum(10))):
+    for average in (
+        EMA(0.9),
+        EMA(0.9, warmup=True),
+        PowerEMA(),
+        CurriculumEMA(CMCurriculum(10)),
+        WarmupEMA(),
+        HalfLifeEMA(1000, 8),
+        DelayedEMA(PowerEMA(), 7),
+    ):
         beta = average.decay(step)
         assert beta.device.type == "meta" and beta.dtype == torch.float64 and beta.dim() == 0
 
@@ -142,6 +207,13 @@ def test_bad_constants_are_refused():
         lambda: EMA.half_life(1000, 0),
         lambda: CurriculumEMA(CMCurriculum(10), mu0=1.0),
         lambda: PowerEMA(0.0),
+        lambda: WarmupEMA(1.0),
+        lambda: WarmupEMA(inv_gamma=0.0),
+        lambda: WarmupEMA(power=0.0),
+        lambda: WarmupEMA(0.9, minimum=0.95),
+        lambda: HalfLifeEMA(0, 8),
+        lambda: HalfLifeEMA(100, 8, rampup=0.0),
+        lambda: DelayedEMA(EMA(0.9), -1),
         lambda: PowerEMA(0.3),
     ):
         with pytest.raises(ValueError):

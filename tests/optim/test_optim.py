@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcm import EMA, AdamW, PowerEMA, RAdam
+from fastcm import EMA, AdamW, DelayedEMA, HalfLifeEMA, PowerEMA, RAdam, WarmupEMA
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -119,6 +119,27 @@ def test_a_thousand_steps_are_torchs_in_float64(
         assert distance(found, expected) <= bound
     assert optimizer.counts.tolist() == [steps - 1, 0, 0]
     assert optimizer.param_groups[0]["lr"] == oracle.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    "average",
+    [WarmupEMA(0.99), HalfLifeEMA(40, 4, 0.5), DelayedEMA(EMA(0.9), 4)],
+    ids=lambda a: type(a).__name__,
+)
+def test_an_average_that_changes_its_decay_is_swept_as_by_hand(average: Any, backend: str) -> None:
+    net = network()
+    optimizer = AdamW(net.parameters(), lr=0.01, max_grad_norm=1.0, ema=average)
+    expected = [p.detach().double() for p in net.parameters()]
+    for k in range(9):
+        optimizer.zero_grad()
+        net(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        beta = average.decay(torch.tensor(k))
+        for e, p in zip(expected, net.parameters()):
+            e += (1 - beta) * (p.detach().double() - e)
+        found = [optimizer.state[p]["ema_0"] for p in net.parameters()]
+        assert distance(found, expected) <= 1e-6
+    assert distance([p.detach() for p in net.parameters()], expected) > 1e-4
 
 
 def everything(optimizer: Any) -> list[Tensor]:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import fastcm
-from fastcm import EMA, ConsistencyTraining, PowerEMA, Trainer
+from fastcm import (
+    EMA,
+    ConsistencyTraining,
+    DelayedEMA,
+    HalfLifeEMA,
+    PowerEMA,
+    Trainer,
+    WarmupEMA,
+)
 from fastcm.networks import MLP
 from fastcm.runs import checkpoint
 from fastcm.runs.checkpoint import list_checkpoints, load, step_of
@@ -71,6 +79,20 @@ def test_a_compiled_run_stopped_and_resumed_is_the_uninterrupted_one(tmp_path: P
     trainer(run, compile=True).fit(9)  # in the second epoch, after the warm-up
     trainer(run, mlp(9), compile=True).load().fit(11)
     assert_same(run, tmp_path / "straight")
+
+
+def test_a_run_is_described_and_resumed_with_every_kind_of_average(tmp_path: Path) -> None:
+    kinds = [WarmupEMA(0.9), HalfLifeEMA(40, 8, 0.5), DelayedEMA(PowerEMA(0.1), 6)]
+    for kind in kinds:
+        run, straight = tmp_path / type(kind).__name__, tmp_path / f"{type(kind).__name__}-straight"
+        averages: dict[str, Any] = {"averages": (kind, PowerEMA(0.1), TARGET)}
+        trainer(straight, **averages).fit(9)
+        trainer(run, **averages).fit(4)
+        trainer(run, mlp(9), **averages).load().fit(5)
+        assert_same(run, straight)
+    other: dict[str, Any] = {"averages": (DelayedEMA(PowerEMA(0.1), 7), PowerEMA(0.1), TARGET)}
+    with pytest.raises(ValueError, match=r"'start': 6.*'start': 7"):
+        trainer(run, **other).load()
 
 
 MOMENTUM = functools.partial(torch.optim.SGD, momentum=0.9)
