@@ -113,6 +113,49 @@ class PseudoHuber(SampleMetric):
         return r / _over((_sum(r.square()) + c * c).sqrt(), r)
 
 
+@dataclass(frozen=True)
+class ElementwiseHuber(SampleMetric):
+    """The mean over the elements of sqrt(r^2 + c^2) - c.
+
+    Another loss than `PseudoHuber`, not another scale of it: each element has a bend of its own, so
+    a large error in one element leaves the pull on the others as it is.
+
+    Args:
+        c: > 0.
+
+    Source: the published training script of LCM (Luo et al. 2023), ``--loss_type huber``.
+    """
+
+    c: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise ValueError(f"ElementwiseHuber c must be > 0, got {self.c}")
+
+    def value(self, r: Tensor) -> Tensor:
+        squared = r.square()
+        # root - c without its cancellation near zero
+        return (squared / ((squared + self.c * self.c).sqrt() + self.c)).flatten(1).mean(1)
+
+    def gradient(self, r: Tensor) -> Tensor:
+        root = (r.square() + self.c * self.c).sqrt()
+        return r / (root * r.shape[1:].numel())
+
+
+@dataclass(frozen=True)
+class ElementwiseL2(SampleMetric):
+    """The mean over the elements of r^2: `SquaredL2` over D.
+
+    Source: as `ElementwiseHuber`, ``--loss_type l2``.
+    """
+
+    def value(self, r: Tensor) -> Tensor:
+        return r.square().flatten(1).mean(1)
+
+    def gradient(self, r: Tensor) -> Tensor:
+        return 2.0 / r.shape[1:].numel() * r
+
+
 Metric = SampleMetric | Callable[[Tensor, Tensor], Tensor]
 
 Weight = Callable[[Tensor, Tensor, Path], Tensor]

@@ -22,6 +22,8 @@ METRICS: dict[str, losses.Metric] = {
     "l2": losses.L2(),
     "l1": losses.L1(),
     "pseudo-huber": losses.PseudoHuber(),
+    "elementwise-huber": losses.ElementwiseHuber(),
+    "elementwise-l2": losses.ElementwiseL2(),
 }
 WEIGHTS: dict[str, losses.Weight] = {
     "uniform": losses.uniform,

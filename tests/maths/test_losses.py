@@ -9,12 +9,30 @@ import torch
 from torch import Tensor
 
 from fastcm import losses, ops, rng
-from fastcm.losses import L1, L2, Karras, MinSNR, PseudoHuber, SquaredL2
+from fastcm.losses import (
+    L1,
+    L2,
+    ElementwiseHuber,
+    ElementwiseL2,
+    Karras,
+    MinSNR,
+    PseudoHuber,
+    SquaredL2,
+)
 from fastcm.ops import Denoised, Noised, reference
 from fastcm.paths import Linear, TrigFlow, VarianceExploding, VariancePreserving
 from fastcm.rng import NoiseKey
 
-METRICS = [SquaredL2(), L2(), L1(), PseudoHuber(), PseudoHuber(c=0.3)]
+METRICS = [
+    SquaredL2(),
+    L2(),
+    L1(),
+    PseudoHuber(),
+    PseudoHuber(c=0.3),
+    ElementwiseHuber(),
+    ElementwiseHuber(c=0.3),
+    ElementwiseL2(),
+]
 B, SHAPE = 4, (4, 2, 3)
 
 
@@ -31,6 +49,10 @@ def formula(metric, r: list[float]) -> float:
         return math.sqrt(squared)
     if isinstance(metric, L1):
         return math.fsum(abs(v) for v in r)
+    if isinstance(metric, ElementwiseL2):
+        return squared / len(r)
+    if isinstance(metric, ElementwiseHuber):
+        return math.fsum(math.hypot(v, metric.c) - metric.c for v in r) / len(r)
     c = 0.00054 * math.sqrt(len(r)) if metric.c is None else metric.c
     return math.sqrt(squared + c * c) - c
 
@@ -40,6 +62,29 @@ def test_a_metric_is_its_formula_over_the_whole_sample(metric):
     f, target = double(*SHAPE), double(*SHAPE)
     expected = [formula(metric, (f[i] - target[i]).flatten().tolist()) for i in range(B)]
     assert metric(f, target).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=str)
+def test_a_metrics_gradient_is_the_derivative_of_its_value(metric):
+    r = double(*SHAPE, grad=True)
+    (expected,) = torch.autograd.grad(metric.value(r).sum(), r)
+    torch.testing.assert_close(metric.gradient(r.detach()), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_metrics_of_elements_are_those_of_the_script_of_lcm():
+    """mean(sqrt(r^2 + c^2) - c), c = 0.001, and the mean square, of 3, 4 and 0 thousandths."""
+    r = torch.tensor([[3e-3, 4e-3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    huber = (math.sqrt(10) + math.sqrt(17) - 2) / 3 * 1e-3
+    assert ElementwiseHuber()(r, 0 * r).tolist() == pytest.approx([huber, 0.0], rel=1e-12)
+    assert ElementwiseL2()(r, 0 * r).tolist() == pytest.approx([25e-6 / 3, 0.0], rel=1e-12)
+    whole = (math.sqrt(26) - 1) * 1e-3
+    assert PseudoHuber(1e-3)(r, 0 * r)[0].item() == pytest.approx(whole, rel=1e-12)
+    f, target = double(*SHAPE), double(*SHAPE)
+    assert ElementwiseL2()(f, target).mean().item() == pytest.approx(
+        torch.nn.functional.mse_loss(f, target).item()
+    )
+    by_script = (((f - target) ** 2 + 1e-6).sqrt() - 1e-3).mean().item()
+    assert ElementwiseHuber()(f, target).mean().item() == pytest.approx(by_script, rel=1e-12)
 
 
 def test_pseudo_huber_reduces_the_sample_and_not_the_element():
@@ -220,6 +265,7 @@ def test_bad_constants_are_refused():
     for make in (
         lambda: PseudoHuber(0.0),
         lambda: PseudoHuber(-1.0),
+        lambda: ElementwiseHuber(0.0),
         lambda: MinSNR(0.0),
         lambda: Karras(-0.5),
     ):
