@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,14 @@ class Dataset:
 
     def without_labels(self) -> Dataset:
         """The same samples."""
-        return replace(self, labels=None, num_classes=None)
+        same = self._with(self.x, None)
+        object.__setattr__(same, "num_classes", None)
+        return same
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, x=self.x.to(device), labels=labels)
+        return self._with(self.x.to(device), labels)
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Shuffle and divide into (train, held out), the same way for the same seed.
@@ -109,7 +112,14 @@ class Dataset:
 
     def _rows(self, index: Tensor) -> Dataset:
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, x=self.x[index], labels=labels)
+        return self._with(self.x[index], labels)
+
+    def _with(self, x: Tensor, labels: Tensor | None) -> Dataset:
+        """Other tensors of the same content: checking it again would wait for the device."""
+        same = copy.copy(self)
+        object.__setattr__(same, "x", x)
+        object.__setattr__(same, "labels", labels)
+        return same
 
 
 def to_unit(x: Tensor) -> Tensor:

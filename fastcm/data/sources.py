@@ -91,8 +91,12 @@ class DeviceData:
         ahead = torch.arange(count, device=position.device)
         index = self._order[(position + ahead) % len(self._order)]
         labels = self.dataset.labels
-        x = self.dataset.x.index_select(0, index)
-        return x, None if labels is None else labels.index_select(0, index)
+        cond = None if labels is None else labels.index_select(0, index)
+        if not self.dataset.paired:
+            return self.dataset.x.index_select(0, index), cond
+        # all samples, then all noise: each half of the batch is dense, and no operator copies it
+        halves = self.dataset.x.flatten(0, 1).index_select(0, torch.cat([2 * index, 2 * index + 1]))
+        return halves.view(2, count, *halves.shape[1:]).transpose(0, 1), cond
 
     def batch(self, position: int, count: int) -> Batch:
         """The rows at positions ``position .. position + count - 1``, across epochs."""

@@ -397,6 +397,15 @@ def test_batch_is_independent_of_how_it_is_split() -> None:
         assert parts == whole
 
 
+def test_data_that_moves_is_not_checked_again() -> None:
+    """On the meta device whatever reads a content raises, as it would wait for a GPU."""
+    data = numbered(10, labels=True)
+    moved = data.to("meta")
+    assert moved.x.is_meta and moved.labels is not None and moved.labels.is_meta
+    assert (len(moved), moved.shape, moved.num_classes) == (10, data.shape, data.num_classes)
+    assert moved.without_labels().num_classes is None
+
+
 def test_draw_reads_consecutive_positions_with_their_labels() -> None:
     data = DeviceData(numbered(10, labels=True), 0, "cpu")
     x, labels = data.draw(3, 4)

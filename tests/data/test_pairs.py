@@ -140,6 +140,17 @@ def test_a_second_rectification_is_straighter(sampler: Sampler, tmp_path: Path) 
     assert error[0] < 0.25 * error[1]
 
 
+def test_both_halves_of_a_batch_of_pairs_are_dense() -> None:
+    """Operators would copy a view with gaps, in every step."""
+    pairs = data.Dataset(torch.randn(20, 2, 3, 4), torch.arange(20), paired=True)
+    source = data.DeviceData(pairs, 0, "cpu")
+    for step in range(5):  # across epochs
+        x, labels = source.draw(step, 8)
+        assert x.shape == (8, 2, 3, 4) and torch.equal(x, pairs.x[labels])
+        part = x[2:6]  # a micro-batch
+        assert all(half.is_contiguous() for half in (*x.unbind(1), *part.unbind(1)))
+
+
 def test_pairs_of_the_wrong_form_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pairs must be \[N, 2, ...\]"):
         data.Dataset(torch.zeros(4, 3), paired=True)
