@@ -17,6 +17,7 @@ from fastcm.cli.tables import (
     LCM,
     METHODS,
     METHODS_WITH,
+    METRIC_NAMES,
     METRICS,
     MORE_INPUTS,
     PATHS,
@@ -65,6 +66,7 @@ class Recipe:
     prediction: str | None = None
     times: str | None = None
     metric: str | None = None
+    lpips_weights: str | None = None
     weight: str | None = None
     grid: str | None = None
     intervals: str | None = None
@@ -93,7 +95,7 @@ class Recipe:
             ("method", METHODS),
             ("path", PATHS),
             ("times", TIMES),
-            ("metric", METRICS),
+            ("metric", METRIC_NAMES),
             ("weight", WEIGHTS),
             ("grid", GRIDS),
         ):
@@ -117,6 +119,11 @@ class Recipe:
         for name in ("condition_dropout", "guidance"):
             if getattr(self, name) is not None and not self.conditional:
                 raise ValueError(f"--{name.replace('_', '-')} needs --conditional")
+        if (self.metric == "lpips") != (self.lpips_weights is not None):
+            raise ValueError(
+                "--metric lpips and --lpips-weights FILE[,FILE] go together: the weights of VGG16 "
+                "and of the heads"
+            )
         if self.method in ("cd", "lcm") and self.teacher is None:
             raise ValueError(
                 f"--method {self.method} needs --teacher RUN, the directory of a trained flow"
@@ -168,7 +175,9 @@ class Recipe:
         options: dict[str, Any] = {"parameterization": p}
         if self.times is not None:
             options["times"] = TIMES[self.times]
-        if self.metric is not None:
+        if self.metric == "lpips":
+            options["metric"] = networks.LPIPS(cast(str, self.lpips_weights).split(","))
+        elif self.metric is not None:
             options["metric"] = METRICS[self.metric]
         if self.weight is not None:
             options["weight"] = WEIGHTS[self.weight]

@@ -25,6 +25,8 @@ METRICS: dict[str, losses.Metric] = {
     "elementwise-huber": losses.ElementwiseHuber(),
     "elementwise-l2": losses.ElementwiseL2(),
 }
+METRIC_NAMES = (*METRICS, "lpips")
+"""With the one that is read from files."""
 WEIGHTS: dict[str, losses.Weight] = {
     "uniform": losses.uniform,
     "inverse-gap": losses.inverse_gap,

@@ -65,7 +65,10 @@ def train(
         str | None, typer.Option(help="v, eps, x0, edm or cm; the path's own if absent")
     ] = None,
     times: Annotated[str | None, _option("times", f"density of t: {_names(tables.TIMES)}")] = None,
-    metric: Annotated[str | None, typer.Option(help=_names(tables.METRICS))] = None,
+    metric: Annotated[str | None, typer.Option(help=_names(tables.METRIC_NAMES))] = None,
+    lpips_weights: Annotated[
+        str | None, typer.Option(help="FILE[,FILE] of VGG16 and the heads, for --metric lpips")
+    ] = None,
     weight: Annotated[str | None, _option("weight", _names(tables.WEIGHTS))] = None,
     grid: Annotated[str | None, _option("grid", _names(tables.GRIDS))] = None,
     intervals: Annotated[

@@ -34,8 +34,13 @@ def check_clipping(max_grad_norm: float | None) -> None:
 
 
 def check_teacher(objective: Objective, net: nn.Module, device: torch.device) -> None:
-    """A teacher goes where the student is; with shared parameters it would be trained along."""
-    teacher = getattr(objective, "teacher", None)
+    """A teacher goes where the student is; with shared parameters it would be trained along.
+
+    So does a metric that is a network.
+    """
+    teacher, metric = (getattr(objective, name, None) for name in ("teacher", "metric"))
+    if isinstance(metric, nn.Module):
+        metric.to(device)
     if not isinstance(teacher, nn.Module):
         return
     teacher.to(device)
