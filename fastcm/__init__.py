@@ -8,6 +8,7 @@ The wings, each of which imports only those before it: the maths (`rng`, `paths`
 import sys
 
 from fastcm import evaluation as evaluation
+from fastcm import jvp as jvp
 from fastcm import losses as losses
 from fastcm import networks as networks
 from fastcm import ops as ops
@@ -27,9 +28,11 @@ from fastcm.objectives import Batch as Batch
 from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation
 from fastcm.objectives import ConsistencyFlowMatching as ConsistencyFlowMatching
 from fastcm.objectives import ConsistencyTraining as ConsistencyTraining
+from fastcm.objectives import ContinuousConsistency as ContinuousConsistency
 from fastcm.objectives import EasyConsistency as EasyConsistency
 from fastcm.objectives import FlowMatching as FlowMatching
 from fastcm.objectives import Loss as Loss
+from fastcm.objectives import MeanFlow as MeanFlow
 from fastcm.objectives import PairDistillation as PairDistillation
 from fastcm.objectives import Shortcut as Shortcut
 from fastcm.objectives import Stepwise as Stepwise

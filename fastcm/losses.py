@@ -57,6 +57,32 @@ class SquaredL2(SampleMetric):
 
 
 @dataclass(frozen=True)
+class AdaptiveL2(SampleMetric):
+    """S / (S + c)^p for S = sum r^2 over the sample, the factor of S a constant of the gradient.
+
+    Args:
+        p: power >= 0; 1 makes the gradients of all samples about as large.
+        c: > 0.
+
+    Source: Geng et al. 2025, "Mean flows for one-step generative modeling", eq. 22.
+    """
+
+    p: float = 1.0
+    c: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (self.p >= 0 and self.c > 0):
+            raise ValueError(f"AdaptiveL2 needs p >= 0 and c > 0, got {self.p} and {self.c}")
+
+    def value(self, r: Tensor) -> Tensor:
+        squared = _sum(r.square())
+        return squared / (squared.detach() + self.c).pow(self.p)
+
+    def gradient(self, r: Tensor) -> Tensor:
+        return 2.0 * r / _over((_sum(r.square()) + self.c).pow(self.p), r)
+
+
+@dataclass(frozen=True)
 class L2(SampleMetric):
     """sqrt(sum r^2) over the sample; the gradient at r = 0 is 0."""
 
@@ -166,6 +192,25 @@ has no second time."""
 def uniform(t: Tensor, s: Tensor, path: Path) -> Tensor:
     """1 for every time."""
     return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """exp(-u(t)) base(t, s) / D with a learned log-variance u, which is added to the loss.
+
+    The weight under which the expected loss is the same at every time. The network holds
+    ``log_variance``, a `fastcm.networks.LogVariance`: networks here are ``log_variance=True``.
+
+    Args:
+        base: the weight that it multiplies.
+
+    Source: Karras et al. 2024 (EDM2), eq. 14-15; Lu & Song 2024 (sCM), section 4.3.
+    """
+
+    base: Weight = uniform
+
+    def __call__(self, t: Tensor, s: Tensor, path: Path) -> Tensor:
+        return self.base(t, s, path)
 
 
 def inverse_gap(t: Tensor, s: Tensor, path: Path) -> Tensor:

@@ -7,6 +7,7 @@ and its consistency variant with the boundary shift ("cm") give a and b directly
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -155,18 +156,30 @@ class Rescaled(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The served prediction for network input `x` and network time `t` of ``serves``."""
+        return rescaled(self.net, self.trained, self.serves, x, t, cond)
 
-        def lift(coefficient: Tensor) -> Tensor:
-            return coefficient.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
-        path = self.serves.path
-        t = path.time_of(t.double()).clamp(path.t_min, path.t_max)
-        there, scale = rescale(path, self.trained.path, t)
-        c_in = self.serves.c_in(t)
-        x = x * lift(scale if c_in is None else scale / c_in)
-        c_in = self.trained.c_in(there)
-        F = self.net(x if c_in is None else lift(c_in) * x, self.trained.c_noise(there), cond)
-        a, b, _, _ = self.trained.coefficients(there)
-        g, h = self.trained.noise_coefficients(there)
-        p, q = self.serves.target(t)
-        return cast(Tensor, lift(p * a + q * g) * x + lift(p * b + q * h) * F)
+def rescaled(
+    net: Callable[..., Tensor],
+    trained: Parameterization,
+    serves: Parameterization,
+    x: Tensor,
+    t: Tensor,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """What `Rescaled` computes."""
+
+    def lift(coefficient: Tensor) -> Tensor:
+        return coefficient.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+    path = serves.path
+    t = path.time_of(t.double()).clamp(path.t_min, path.t_max)
+    there, scale = rescale(path, trained.path, t)
+    c_in = serves.c_in(t)
+    x = x * lift(scale if c_in is None else scale / c_in)
+    c_in = trained.c_in(there)
+    F = net(x if c_in is None else lift(c_in) * x, trained.c_noise(there), cond)
+    a, b, _, _ = trained.coefficients(there)
+    g, h = trained.noise_coefficients(there)
+    p, q = serves.target(t)
+    return lift(p * a + q * g) * x + lift(p * b + q * h) * F

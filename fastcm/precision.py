@@ -18,15 +18,20 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
 
 
-def autocast(net: Network, device_type: str) -> Network:
-    """`net` with bfloat16 inputs, under autocast; its output is what autocast makes of it.
+class Autocast:
+    """A network with bfloat16 inputs, under autocast; its output is what autocast makes of it.
 
     Autocast rather than bfloat16 copies of the weights: normalisations and time embeddings stay
     float32 in any network, and averages that change in place need no second copy.
     """
 
-    def call(x: Tensor, t: Tensor, cond: Tensor | None = None, **second: Tensor) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16):
-            return net(x.to(torch.bfloat16), t, cond, **second)
+    def __init__(self, net: Network, device_type: str) -> None:
+        self.net = net
+        self.device_type = device_type
+        self.log_variance = getattr(net, "log_variance", None)
 
-    return call
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, **second: Tensor
+    ) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return self.net(x.to(torch.bfloat16), t, cond, **second)

@@ -149,7 +149,7 @@ class LogitNormal:
         _check_std(self.std)
 
     def __call__(self, u: Tensor, t_min: float, t_max: float) -> Tensor:
-        relative = torch.sigmoid(self.mean + self.std * _normal(u))
+        relative = torch.sigmoid(self.mean + self.std * normal_quantile(u))
         return t_min + relative * (t_max - t_min)
 
 
@@ -174,11 +174,11 @@ class LogNormal:
             return 0.5 * (1 + math.erf((math.log(t) - self.mean) / (math.sqrt(2) * self.std)))
 
         low, high = cdf(t_min), cdf(t_max)
-        t: Tensor = (self.mean + self.std * _normal(low + u * (high - low))).exp()
+        t: Tensor = (self.mean + self.std * normal_quantile(low + u * (high - low))).exp()
         return t.clamp(t_min, t_max)
 
 
-def _normal(u: Tensor) -> Tensor:
+def normal_quantile(u: Tensor) -> Tensor:
     """The standard normal quantile; compiled code fuses erfinv, and calls out for ndtri."""
     return math.sqrt(2.0) * torch.erfinv(2.0 * u - 1.0)
 

@@ -19,7 +19,7 @@ ORDER = (
     ("kernels",),
     ("rng", "paths", "parameterization", "schedules", "losses", "ema"),
     ("ops",),
-    ("networks",),
+    ("jvp", "networks"),
     ("adapters", "graphs", "precision", "progress"),
     ("objectives",),
     ("runs",),
@@ -34,12 +34,13 @@ FLOOR = {wing: floor for floor, wings in enumerate(ORDER) for wing in wings}
 MATHS = ORDER[1]
 NAMES = {
     "AdamW", "Batch", "CheckpointError", "ConsistencyDistillation", "ConsistencyFlowMatching",
-    "ConsistencyTraining", "CurriculumEMA", "Dataset", "DelayedEMA", "EMA", "EasyConsistency",
-    "FlowMatching", "HalfLifeEMA", "LastPhase", "Linear", "Loss", "NoiseKey", "NonFiniteError",
-    "PairDistillation", "Parameterization", "PowerEMA", "RAdam", "Rescaled", "Sampler",
-    "Shortcut", "Stepwise", "Trainer", "TrigFlow", "VarianceExploding", "VariancePreserving",
-    "WarmupEMA", "editing", "evaluation", "export_sampler", "losses", "networks", "ops",
-    "pictures", "posthoc", "rng", "sampling", "schedules", "warmup_cosine",
+    "ConsistencyTraining", "ContinuousConsistency", "CurriculumEMA", "Dataset", "DelayedEMA",
+    "EMA", "EasyConsistency", "FlowMatching", "HalfLifeEMA", "LastPhase", "Linear", "Loss",
+    "MeanFlow", "NoiseKey", "NonFiniteError", "PairDistillation", "Parameterization",
+    "PowerEMA", "RAdam", "Rescaled", "Sampler", "Shortcut", "Stepwise", "Trainer", "TrigFlow",
+    "VarianceExploding", "VariancePreserving", "WarmupEMA", "editing", "evaluation",
+    "export_sampler", "jvp", "losses", "networks", "ops", "pictures", "posthoc", "rng",
+    "sampling", "schedules", "warmup_cosine",
 }  # fmt: skip
 
 

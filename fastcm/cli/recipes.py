@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fastcm import data, networks, schedules
 from fastcm.cli.tables import (
     CURRICULA,
+    DISTILLATIONS,
     GRIDS,
     LCM,
     METHODS,
@@ -31,8 +32,10 @@ from fastcm.objectives import (
     ConsistencyDistillation,
     ConsistencyFlowMatching,
     ConsistencyTraining,
+    ContinuousConsistency,
     EasyConsistency,
     FlowMatching,
+    MeanFlow,
     Objective,
     PairDistillation,
     Shortcut,
@@ -90,7 +93,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            object.__setattr__(self, "path", "ve" if self.method == "ict" else "linear")
+            object.__setattr__(
+                self, "path", {"ict": "ve", "sct": "trig"}.get(self.method, "linear")
+            )
         for name, table in (
             ("method", METHODS),
             ("path", PATHS),
@@ -124,7 +129,7 @@ class Recipe:
                 "--metric lpips and --lpips-weights FILE[,FILE] go together: the weights of VGG16 "
                 "and of the heads"
             )
-        if self.method in ("cd", "lcm") and self.teacher is None:
+        if self.method in DISTILLATIONS and self.teacher is None:
             raise ValueError(
                 f"--method {self.method} needs --teacher RUN, the directory of a trained flow"
             )
@@ -161,6 +166,8 @@ class Recipe:
             description["two_times"] = True
         if self.method == "lcm":
             description["guided"] = True
+        if self.weight == "learned" or (self.method in ("sct", "scd") and self.weight is None):
+            description["log_variance"] = True
         if self.width is not None:
             description["base_channels" if self.net == "unet" else "width"] = self.width
         if self.path in ("ve", "vp"):  # told 250 ln t or an index: of the embedding's scale
@@ -181,11 +188,22 @@ class Recipe:
             options["metric"] = METRICS[self.metric]
         if self.weight is not None:
             options["weight"] = WEIGHTS[self.weight]
-        if self.method == "flow":
+        if self.method in ("flow", "meanflow"):
             if self.condition_dropout is not None:
                 options["condition_dropout"] = self.condition_dropout
                 options["null_condition"] = dataset.num_classes
-            return FlowMatching(**options)
+            if self.method == "flow":
+                return FlowMatching(**options)
+        if self.guidance is not None:
+            options["guidance"] = self.guidance
+            options["null_condition"] = dataset.num_classes
+        if self.method == "meanflow":
+            return MeanFlow(**options)
+        if self.method in ("sct", "scd"):
+            if teacher is not None and self.teacher is not None:
+                options["teacher"] = teacher.net
+            # of long runs the paper's
+            return ContinuousConsistency(warmup=min(10_000, self.steps // 4), **options)
         if self.grid is not None:
             options["grid"] = GRIDS[self.grid]
         if self.segments is not None:
@@ -214,9 +232,6 @@ class Recipe:
                 options[name] = getattr(self, name)
         if self.method == "lcm":
             options = {**LCM, "guidance": self.weights, **options}
-            options["null_condition"] = dataset.num_classes
-        if self.guidance is not None:
-            options["guidance"] = self.guidance
             options["null_condition"] = dataset.num_classes
         assert teacher is not None
         options["teacher_parameterization"] = teacher.parameterization

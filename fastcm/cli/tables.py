@@ -9,8 +9,13 @@ from fastcm import losses, paths, schedules
 from fastcm.ema import EMA
 from fastcm.sampling.engine import Method
 
-METHODS = ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "cd", "lcm", "pairs")
-TWO_TIMES = ("shortcut",)
+METHODS = (
+    "flow", "stepwise", "ct", "ict", "ect", "sct", "shortcut", "meanflow", "cfm", "cd", "lcm", "scd",
+    "pairs",
+)  # fmt: skip
+TWO_TIMES = ("shortcut", "meanflow")
+DISTILLATIONS = ("cd", "lcm", "scd")
+"""They need a teacher."""
 PATHS: dict[str, paths.Path] = {
     "linear": paths.Linear(),
     "ve": paths.VarianceExploding(),
@@ -36,6 +41,7 @@ WEIGHTS: dict[str, losses.Weight] = {
     "truncated-snr": losses.truncated_snr,
     "min-snr": losses.MinSNR(),
     "karras": losses.Karras(),
+    "learned": losses.Learned(),
 }
 GRIDS: dict[str, schedules.Grid] = {
     "uniform": schedules.UniformGrid(),
@@ -51,8 +57,8 @@ CURRICULA: dict[str, Callable[[int], schedules.Curriculum]] = {
     "ict": schedules.ICTCurriculum,
 }
 
-MORE_INPUTS = ("two_times", "guided")
-"""What a network may take that the one it starts from does not."""
+MORE_INPUTS = ("two_times", "guided", "log_variance")
+"""What a network may have that the one it starts from does not."""
 
 LCM: dict[str, Any] = {
     "discretization": 1000,
@@ -64,16 +70,18 @@ LCM: dict[str, Any] = {
 """Of Luo et al. 2023, table 3 of the appendix; for the range of guidance see `Recipe.weights`."""
 
 METHODS_WITH: dict[str, tuple[str, ...]] = {
-    "condition_dropout": ("flow",),
-    "times": ("flow", "ct", "ict", "shortcut", "cfm", "cd", "lcm"),
-    "weight": ("flow", "stepwise", "ct", "ict", "ect", "cd", "lcm"),
+    "condition_dropout": ("flow", "meanflow"),
+    "times": ("flow", "ct", "ict", "shortcut", "meanflow", "cfm", "cd", "lcm"),
+    "weight": ("flow", "stepwise", "ct", "ict", "ect", "sct", "cd", "lcm", "scd"),
     "segments": ("cfm",),
     "grid": ("stepwise", "ct", "ict", "cd", "lcm"),
     "intervals": ("stepwise", "ct", "cd", "lcm"),
     "target_ema": ("ct", "shortcut", "cfm", "cd", "lcm"),
-    "init": ("flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm", "pairs"),
-    "teacher": ("cd", "lcm"),
-    "guidance": ("cd",),
+    "init": (
+        *("flow", "stepwise", "ct", "ict", "ect", "sct", "shortcut", "meanflow", "cfm", "pairs"),
+    ),
+    "teacher": DISTILLATIONS,
+    "guidance": ("cd", "scd", "meanflow"),
     "guidance_range": ("lcm",),
     "solver": ("cd", "lcm"),
     "skip": ("cd", "lcm"),
@@ -85,4 +93,4 @@ def sampling_method(objective: str) -> Method:
     """How samples are drawn from what an objective of this name trains."""
     if objective in ("FlowMatching", "ConsistencyFlowMatching"):
         return "ode"
-    return "flow-map" if objective == "Shortcut" else "multistep"
+    return "flow-map" if objective in ("Shortcut", "MeanFlow") else "multistep"

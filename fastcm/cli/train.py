@@ -42,8 +42,9 @@ def train(
         str,
         typer.Option(
             help="flow (ReFlow), stepwise, ct (consistency training), ict (improved), "
-            "ect (easy: tunes a flow, --init), shortcut, cfm (consistency flow matching), "
-            "cd (distillation), lcm (of guidance, as an input), pairs (of fastcm pairs)"
+            "ect (easy: tunes a flow, --init), sct (continuous time), shortcut, meanflow, "
+            "cfm (consistency flow matching), cd (distillation), lcm (of guidance, as an "
+            "input), scd (in continuous time), pairs (of fastcm pairs)"
         ),
     ] = "ct",
     net: Annotated[str, typer.Option(help="mlp, unet or dit")] = "mlp",
@@ -59,7 +60,10 @@ def train(
         _option("condition_dropout", "share of rows without label, for guidance"),
     ] = None,
     path: Annotated[
-        str | None, typer.Option(help=f"{_names(tables.PATHS)} of ict ve by default, else linear")
+        str | None,
+        typer.Option(
+            help=f"{_names(tables.PATHS)}; of ict ve by default, of sct trig, else linear"
+        ),
     ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="v, eps, x0, edm or cm; the path's own if absent")
@@ -84,7 +88,7 @@ def train(
     ] = None,
     teacher: Annotated[str | None, _option("teacher", "directory of the teacher's run")] = None,
     guidance: Annotated[
-        float | None, _option("guidance", "weight of the teacher's guidance")
+        float | None, _option("guidance", "weight of guidance, the teacher's or in the target")
     ] = None,
     guidance_range: Annotated[
         str | None, _option("guidance_range", "LOW,HIGH of the weights that are distilled [1,4]")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastcm.networks.dit import DiT as DiT
+from fastcm.networks.embedding import LogVariance as LogVariance
 from fastcm.networks.lpips import LPIPS as LPIPS
 from fastcm.networks.mixture import GaussianConsistency as GaussianConsistency
 from fastcm.networks.mixture import GaussianMixture as GaussianMixture

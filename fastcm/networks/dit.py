@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastcm.networks.embedding import (
     Conditioning,
+    LogVariance,
     check_input,
     require_positive,
     sinusoid,
@@ -69,6 +70,7 @@ class DiT(nn.Module):
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
         two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
         guided: cond holds the weight of guidance, too; see `fastcm.sampling.append_weight`.
+        log_variance: hold a `LogVariance`, for the weight `fastcm.losses.Learned`.
     """
 
     position: Tensor
@@ -85,6 +87,7 @@ class DiT(nn.Module):
         time_scale: float = 1000.0,
         two_times: bool = False,
         guided: bool = False,
+        log_variance: bool = False,
     ) -> None:
         super().__init__()
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -115,11 +118,14 @@ class DiT(nn.Module):
             "time_scale": time_scale,
             **({"two_times": True} if two_times else {}),
             **({"guided": True} if guided else {}),
+            **({"log_variance": True} if log_variance else {}),
         }
         self.shape = (in_channels, rows, columns)
         self.grid = (rows // patch, columns // patch)
         self.patch = patch
         self.conditioning = Conditioning(width, num_classes, time_scale, two_times, guided)
+        if log_variance:
+            self.log_variance = LogVariance()
         self.input = nn.Linear(in_channels * patch**2, width)
         self.register_buffer("position", grid_embedding(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))

@@ -13,6 +13,7 @@ from fastcm.networks.protocol import split_weight
 
 _SINUSOID_DIM = 256
 _MAX_PERIOD = 10000.0
+_LEVELS = 64
 
 
 def sinusoid(t: Tensor, dim: int, time_scale: float = 1.0) -> Tensor:
@@ -110,6 +111,31 @@ class Conditioning(nn.Module):
                 table = self.classes.weight.float()
                 h = h + (table[-1] if cond is None else _looked_up(_labels(cond, t, table), table))
             return F.silu(h)
+
+
+class LogVariance(nn.Module):
+    """The log-variance u of the loss as a function of the noise level, 0 at the start.
+
+    As ``net.log_variance`` it serves the weight `fastcm.losses.Learned`; it is trained and saved
+    with the network, and sampling does without.
+
+    Source: Karras et al. 2024 (EDM2), section 2.2 of the appendix.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(_LEVELS, 1)
+        zero_init(self.fc)
+
+    def forward(self, angle: Tensor) -> Tensor:
+        """u, float32 ``[B]``, at the angle atan2(sigma, alpha) ``[B]``, in [0, pi / 2]."""
+        with torch.autocast(device_type=angle.device.type, enabled=False):
+            level = angle.clamp(1e-4, math.pi / 2 - 1e-4).tan().log() / 4.0
+            return F.linear(
+                sinusoid(level, _LEVELS, time_scale=4.0),
+                self.fc.weight.float(),
+                self.fc.bias.float(),
+            )[:, 0]
 
 
 def _unpacked(cond: Tensor | None, n: int, labelled: bool) -> tuple[Tensor | None, Tensor]:

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcm.networks.embedding import Conditioning, check_input, require_positive, zero_init
+from fastcm.networks.embedding import (
+    Conditioning,
+    LogVariance,
+    check_input,
+    require_positive,
+    zero_init,
+)
 
 
 class Block(nn.Module):
@@ -38,6 +44,7 @@ class MLP(nn.Module):
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
         two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
         guided: cond holds the weight of guidance, too; see `fastcm.sampling.append_weight`.
+        log_variance: hold a `LogVariance`, for the weight `fastcm.losses.Learned`.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class MLP(nn.Module):
         time_scale: float = 1000.0,
         two_times: bool = False,
         guided: bool = False,
+        log_variance: bool = False,
     ) -> None:
         super().__init__()
         require_positive(**{f"shape[{i}]": n for i, n in enumerate(shape)})
@@ -64,11 +72,14 @@ class MLP(nn.Module):
             "time_scale": time_scale,
             **({"two_times": True} if two_times else {}),
             **({"guided": True} if guided else {}),
+            **({"log_variance": True} if log_variance else {}),
         }
         self.shape = tuple(shape)
         size = math.prod(shape)
         cond_dim = width // 8
         self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times, guided)
+        if log_variance:
+            self.log_variance = LogVariance()
         self.input = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, cond_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

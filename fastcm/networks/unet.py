@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcm.networks.embedding import Conditioning, check_input, require_positive, zero_init
+from fastcm.networks.embedding import (
+    Conditioning,
+    LogVariance,
+    check_input,
+    require_positive,
+    zero_init,
+)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -106,6 +112,7 @@ class UNet(nn.Module):
         time_scale: factor on t before the sinusoidal embedding; 1000 suits t in [0, 1].
         two_times: u(x, t, s), the mean velocity from t down to s, is what the network gives.
         guided: cond holds the weight of guidance, too; see `fastcm.sampling.append_weight`.
+        log_variance: hold a `LogVariance`, for the weight `fastcm.losses.Learned`.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class UNet(nn.Module):
         time_scale: float = 1000.0,
         two_times: bool = False,
         guided: bool = False,
+        log_variance: bool = False,
     ) -> None:
         super().__init__()
         require_positive(
@@ -152,6 +160,7 @@ class UNet(nn.Module):
             "time_scale": time_scale,
             **({"two_times": True} if two_times else {}),
             **({"guided": True} if guided else {}),
+            **({"log_variance": True} if log_variance else {}),
         }
         self.in_channels = in_channels
         self.multiple = 2**last
@@ -164,6 +173,8 @@ class UNet(nn.Module):
             return Block(i, o, cond_dim, dropout=dropout, num_heads=heads, resample=resample)
 
         self.conditioning = Conditioning(cond_dim, num_classes, time_scale, two_times, guided)
+        if log_variance:
+            self.log_variance = LogVariance()
         self.input = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         channels, skips = base_channels, [base_channels]
         self.down = nn.ModuleList()

@@ -11,8 +11,12 @@ from fastcm.objectives.consistency_flow_matching import (
     ConsistencyFlowMatching as ConsistencyFlowMatching,
 )
 from fastcm.objectives.consistency_training import ConsistencyTraining as ConsistencyTraining
+from fastcm.objectives.continuous_consistency import (
+    ContinuousConsistency as ContinuousConsistency,
+)
 from fastcm.objectives.easy_consistency import EasyConsistency as EasyConsistency
 from fastcm.objectives.flow_matching import FlowMatching as FlowMatching
+from fastcm.objectives.mean_flow import MeanFlow as MeanFlow
 from fastcm.objectives.pair_distillation import PairDistillation as PairDistillation
 from fastcm.objectives.shortcut import Shortcut as Shortcut
 from fastcm.objectives.stepwise import Stepwise as Stepwise

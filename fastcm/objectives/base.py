@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.ema import Average
-from fastcm.losses import Metric
+from fastcm.losses import Learned, Metric, Weight
 from fastcm.networks.protocol import Network
 from fastcm.ops import Denoised, Noised
 from fastcm.ops.dispatch import Door, door
 from fastcm.ops.functions import consistency_loss_and_gradient
 from fastcm.ops.reference import lift
 from fastcm.parameterization import Parameterization
-from fastcm.precision import autocast
+from fastcm.precision import Autocast
 from fastcm.rng import NoiseKey
 
 
@@ -26,13 +26,15 @@ class Loss(NamedTuple):
     """Scalar mean, which is differentiated, and the ``[B]`` values of the samples.
 
     Where the mean's derivative in the network's output was made along with it, `gradient` is that
-    and `output` what it belongs to: a backward pass may begin there.
+    and `output` what it belongs to: a backward pass may begin there, and at `also`, a scalar that
+    does not depend on the output.
     """
 
     mean: Tensor
     per_sample: Tensor
     output: Tensor | None = None
     gradient: Tensor | None = None
+    also: Tensor | None = None
 
     @classmethod
     def of(
@@ -45,19 +47,37 @@ class Loss(NamedTuple):
         *,
         metric: Metric,
         weight: Tensor,
+        log_variance: Tensor | None = None,
     ) -> Loss:
-        """The distance of a x_t + b F from a target; see `fastcm.ops.consistency_loss`."""
+        """The distance of a x_t + b F from a target; see `fastcm.ops.consistency_loss`.
+
+        With a learned log-variance u ``[B]`` it is exp(-u) distance / D + u for D elements.
+        """
+        if log_variance is not None:
+            weight = weight * ((-log_variance.detach()).exp() / F[0].numel())
         mean, values, gradient = consistency_loss_and_gradient(
             F, x_t, a, b, target, metric=metric, weight=weight
         )
-        return cls(mean, values, None if gradient is None else F, gradient)
+        output = None if gradient is None else F
+        if log_variance is None:
+            return cls(mean, values, output, gradient)
+        u = log_variance.to(values.dtype)
+        # values.detach() at this u, as a function of u; its value is in the mean already
+        also = (values.detach() * (u.detach() - u).exp() + u).mean()
+        values = values + u.detach()
+        if gradient is None:
+            return cls(values.mean() + (also - also.detach()), values)
+        return cls(values.mean(), values, output, gradient, also)
 
     def plus(self, other: Loss) -> Loss:
         """The sum of two losses of one network output."""
         mean, values = self.mean + other.mean, self.per_sample + other.per_sample
         if self.gradient is None or other.gradient is None:
             return Loss(mean, values)
-        return Loss(mean, values, self.output, self.gradient + other.gradient)
+        also = self.also if other.also is None else other.also
+        if self.also is not None and other.also is not None:
+            also = self.also + other.also
+        return Loss(mean, values, self.output, self.gradient + other.gradient, also)
 
     def backward(self, share: float = 1.0) -> None:
         """Add the gradients of `share` times the mean to the parameters behind it."""
@@ -65,7 +85,29 @@ class Loss(NamedTuple):
             torch.autograd.backward(self.mean if share == 1.0 else share * self.mean)
         else:
             start = self.gradient if share == 1.0 else share * self.gradient
-            torch.autograd.backward(self.output, start)
+            ends, starts = [self.output], [start]
+            if self.also is not None:
+                ends, starts = [*ends, self.also], [*starts, torch.full_like(self.also, share)]
+            torch.autograd.backward(ends, starts)
+
+
+def learned(weight: Weight, net: Network, p: Parameterization, t: Tensor) -> Tensor | None:
+    """The log-variance that the weight `Learned` asks of the network, ``[B]``; None for others.
+
+    Raises:
+        ValueError: the network holds none.
+    """
+    if not isinstance(weight, Learned):
+        return None
+    module = getattr(net, "log_variance", None)
+    if module is None:
+        raise ValueError(
+            "the weight Learned() needs a network with a log_variance: construct it with "
+            "log_variance=True, or give yours `self.log_variance = fastcm.networks.LogVariance()`"
+        )
+    at = p.path.at(t)
+    u: Tensor = module(torch.atan2(at.sigma, at.alpha))
+    return u
 
 
 @dataclass(frozen=True)
@@ -160,15 +202,19 @@ class Batch:
         """A network of the objective's own, such as a teacher, in the precision of this step."""
         if self.input_dtype in (torch.float32, torch.float64):
             return net
-        return autocast(net, self.x0.device.type)
+        return Autocast(net, self.x0.device.type)
 
     def without_condition(self, null: Tensor | int, probability: float) -> Batch:
         """This batch with `cond` replaced by `null` in a random share of the rows."""
+        return self.dropping(null, probability)[0]
+
+    def dropping(self, null: Tensor | int, probability: float) -> tuple[Batch, Tensor]:
+        """`without_condition`, and in which rows, bool ``[B]``."""
         if self.cond is None:
             raise ValueError("condition dropout needs a batch with cond, got cond=None")
         drop = self.uniform(rng.CONDITION) < probability
-        drop = drop.reshape(-1, *[1] * (self.cond.dim() - 1))
-        return replace(self, cond=torch.where(drop, null, self.cond))
+        rows = drop.reshape(-1, *[1] * (self.cond.dim() - 1))
+        return replace(self, cond=torch.where(rows, null, self.cond)), drop
 
 
 class Objective(Protocol):

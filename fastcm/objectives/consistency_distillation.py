@@ -12,7 +12,7 @@ from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.networks.protocol import Network, append_weight, check_output, unconditional
-from fastcm.objectives.base import Batch, Loss, target_output
+from fastcm.objectives.base import Batch, Loss, learned, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
 from fastcm.parameterization import Parameterization, Rescaled
@@ -123,6 +123,7 @@ class ConsistencyDistillation:
             Denoised(x_s, F_s, at_s.a, at_s.b),
             metric=self.metric,
             weight=self.weight(t, s, p.path),
+            log_variance=learned(self.weight, net, p, t),
         )
 
     def _weight(self, batch: Batch) -> Tensor | None:

@@ -11,7 +11,7 @@ from fastcm import rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.networks.protocol import Network, check_output
-from fastcm.objectives.base import Batch, Loss, target_output
+from fastcm.objectives.base import Batch, Loss, learned, target_output
 from fastcm.ops import Denoised
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Path, VarianceExploding
@@ -99,9 +99,7 @@ class ConsistencyTraining:
         p = self.parameterization
         n = intervals(self.discretization, batch.key.step)
         t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
-        return pair_loss(
-            net, batch, target_net, p, t, s, metric=self.metric, weight=self.weight(t, s, p.path)
-        )
+        return pair_loss(net, batch, target_net, p, t, s, metric=self.metric, weight=self.weight)
 
 
 def pair_loss(
@@ -113,7 +111,7 @@ def pair_loss(
     s: Tensor,
     *,
     metric: Metric,
-    weight: Tensor,
+    weight: Weight,
 ) -> Loss:
     """f(x_t, t) against the target's f(x_s, s), both states of one noise z; t > s, ``[B]``."""
     x_t, x_s = batch.states(p, t, s)
@@ -122,7 +120,16 @@ def pair_loss(
     F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
     F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
     target = Denoised(x_s, F_s, at_s.a, at_s.b)
-    return Loss.of(F_t, x_t, at_t.a, at_t.b, target, metric=metric, weight=weight)
+    return Loss.of(
+        F_t,
+        x_t,
+        at_t.a,
+        at_t.b,
+        target,
+        metric=metric,
+        weight=weight(t, s, p.path),
+        log_variance=learned(weight, net, p, t),
+    )
 
 
 def check_consistency(p: Parameterization, n: int | Curriculum) -> None:

@@ -93,6 +93,4 @@ class EasyConsistency:
         level = self.levels(batch.uniform(rng.TIME), *self._range)
         below = self.second_level(level, batch.key.step)
         t, r = p.path.time_at_angle(level.atan()), p.path.time_at_angle(below.atan())
-        return pair_loss(
-            net, batch, target_net, p, t, r, metric=self.metric, weight=self.weight(t, r, p.path)
-        )
+        return pair_loss(net, batch, target_net, p, t, r, metric=self.metric, weight=self.weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcm import rng
 from fastcm.losses import Metric, SquaredL2, Weight, uniform
 from fastcm.networks.protocol import Network, check_output
-from fastcm.objectives.base import Batch, Loss
+from fastcm.objectives.base import Batch, Loss, learned
 from fastcm.parameterization import Parameterization
 from fastcm.schedules import LogitNormal, TimeSampler
 
@@ -68,4 +68,5 @@ class FlowMatching:
             target,
             metric=self.metric,
             weight=self.weight(t, torch.full_like(t, p.path.t_min), p.path),
+            log_variance=learned(self.weight, net, p, t),
         )

@@ -61,6 +61,4 @@ class Stepwise:
         finished = torch.div(batch.key.step, self.steps_per_phase, rounding_mode="floor")
         k = (finished.clamp_max(n - 1) + 1).expand(len(batch.x0))
         t, s = self.grid.time(k, n, p.path), self.grid.time(k - 1, n, p.path)
-        return pair_loss(
-            net, batch, target_net, p, t, s, metric=self.metric, weight=self.weight(t, s, p.path)
-        )
+        return pair_loss(net, batch, target_net, p, t, s, metric=self.metric, weight=self.weight)

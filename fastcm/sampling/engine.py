@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastcm import graphs, ops, rng
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
-from fastcm.precision import Precision, autocast
+from fastcm.precision import Precision
 from fastcm.rng import NoiseKey
 from fastcm.sampling import solvers
 from fastcm.sampling.functions import SolverName, flow_map, multistep, ode
@@ -50,7 +50,7 @@ class Engine:
             null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
         )
         self._device = device
-        self.eager: Network = autocast(net, device.type) if precision == "bf16" else net
+        self.eager: Network = Autocast(net, device.type) if precision == "bf16" else net
         self._network: Network = torch.compile(self.eager) if compile else self.eager
         self._cache: graphs.GraphCache | None = None
         possible = graphs.available(device)

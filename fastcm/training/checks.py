@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
 from fastcm.data import DeviceData
+from fastcm.losses import Learned
 from fastcm.objectives.base import Objective
 
 
@@ -51,7 +54,31 @@ def check_teacher(objective: Objective, net: nn.Module, device: torch.device) ->
         )
 
 
-def check_times(net: nn.Module, objective: Objective) -> None:
+_TIME = ("time", "temb", "t_emb")
+
+
+def check_network(net: nn.Module, objective: Objective) -> None:
+    """What an objective needs of a network beyond ``net(x, t, cond)``."""
+    _check_times(net, objective)
+    weight = getattr(objective, "weight", None)
+    if isinstance(weight, Learned) and not hasattr(net, "log_variance"):
+        raise ValueError(
+            "the weight Learned() needs a network with a log_variance: construct it with "
+            "log_variance=True, or give yours `self.log_variance = fastcm.networks.LogVariance()`"
+        )
+    if not getattr(objective, "derives", False):
+        return
+    for name, module in net.named_modules():
+        half = {p.dtype for p in module.parameters(recurse=False)} & {torch.bfloat16, torch.half}
+        if half and any(word in name.lower() for word in _TIME):
+            warnings.warn(
+                f"{name} computes with time in {half.pop()}: the derivative in t of "
+                f"{type(objective).__name__} is then noise; keep the layers of time in float32",
+                stacklevel=3,
+            )
+
+
+def _check_times(net: nn.Module, objective: Objective) -> None:
     """An objective of two times needs a network of two times; a network of yours may be either."""
     description = getattr(net, "description", None)
     if description is None or not getattr(objective, "two_times", False):

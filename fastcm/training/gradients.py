@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastcm.networks.protocol import Network
 from fastcm.objectives.base import Batch, Loss, Objective
-from fastcm.precision import Precision, autocast, check_precision
+from fastcm.precision import Autocast, Precision, check_precision
 from fastcm.rng import NoiseKey
 
 Compile = Literal["auto", "regional"] | bool
@@ -152,14 +152,13 @@ class Gradients:
         net: Network = self.net
         target_net: Network | None = self.target_net
         if bf16:
-            net = autocast(net, x0.device.type)
-            target_net = target_net and autocast(target_net, x0.device.type)
+            net = Autocast(net, x0.device.type)
+            target_net = target_net and Autocast(target_net, x0.device.type)
         loss = self.objective.loss(net, batch, target_net)
         if loss.gradient is None:
             return loss
         # or compiled code would also differentiate the mean
-        mean, per_sample, output, gradient = loss
-        return Loss(mean.detach(), per_sample.detach(), output, gradient)
+        return loss._replace(mean=loss.mean.detach(), per_sample=loss.per_sample.detach())
 
     def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
         with _undone(self.net, self._parameters, x0.device):

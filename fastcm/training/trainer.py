@@ -23,8 +23,8 @@ from fastcm.training.checkpoint import restore
 from fastcm.training.checks import (
     check_classes,
     check_clipping,
+    check_network,
     check_teacher,
-    check_times,
     device_of,
     trainable,
 )
@@ -126,7 +126,7 @@ class Trainer:
         check_clipping(max_grad_norm)
         self.net, self.objective = net.to(device), objective
         check_teacher(objective, net, device)
-        check_times(net, objective)
+        check_network(net, objective)
         self.source = as_source(data, seed=seed, device=device)
         check_classes(net, self.source, objective)
         trained = trainable(net)

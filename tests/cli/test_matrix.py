@@ -17,7 +17,7 @@ from fastcm.precision import Precision
 from fastcm.runs.checkpoint import load
 
 NETWORKS = ["mlp", "unet", "dit"]
-FROM_DATA = ["flow", "stepwise", "ct", "ict", "ect", "shortcut", "cfm"]
+FROM_DATA = ["flow", "stepwise", "ct", "ict", "ect", "sct", "shortcut", "meanflow", "cfm"]
 PRECISIONS = get_args(Precision)
 TINY = ["--data", "digits", "--width", "24", "--batch", "8", "--steps", "3", "--compile", "off"]
 
@@ -86,7 +86,7 @@ def test_training_on_pairs(method: str, net: str, precision: str, pairs: Path, h
 
 
 def test_the_lists_are_complete() -> None:
-    assert set(METHODS) == {*FROM_DATA, "cd", "lcm", "pairs"}
+    assert set(METHODS) == {*FROM_DATA, "cd", "lcm", "scd", "pairs"}
     assert set(NETWORKS) == set(networks._NETWORKS)
 
 
@@ -125,7 +125,7 @@ def test_teacher_solvers(solver: str, teachers: dict[str, Path], here: Path) -> 
     sampled(run)
 
 
-@pytest.mark.parametrize("method", ["ect", "ct", "shortcut"])
+@pytest.mark.parametrize("method", ["ect", "ct", "shortcut", "meanflow"])
 def test_a_run_that_starts_from_a_flow(method: str, teachers: dict[str, Path], here: Path) -> None:
     run = trained(
         here / f"{method}-init",
@@ -140,13 +140,35 @@ def test_a_run_that_starts_from_a_flow(method: str, teachers: dict[str, Path], h
 @pytest.mark.parametrize("guidance", [None, 2.0])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("net", NETWORKS)
+@pytest.mark.parametrize("method", ["cd", "scd"])
 def test_distillation(
-    net: str, precision: str, guidance: float | None, teachers: dict[str, Path], here: Path
+    method: str,
+    net: str,
+    precision: str,
+    guidance: float | None,
+    teachers: dict[str, Path],
+    here: Path,
 ) -> None:
     more = [] if guidance is None else ["--guidance", guidance]
     run = trained(
-        here / f"cd-{net}-{precision}-{guidance}",
-        *("--method", "cd", "--teacher", teachers[net], "--conditional", *more),
+        here / f"{method}-{net}-{precision}-{guidance}",
+        *("--method", method, "--teacher", teachers[net], "--conditional", *more),
         *("--net", net, "--precision", precision),
     )
     sampled(run, "--precision", precision, "--label", 3)
+
+
+def test_guidance_in_the_target(here: Path) -> None:
+    run = trained(
+        here / "meanflow-guided",
+        *("--method", "meanflow", "--conditional", "--condition-dropout", 0.2, "--guidance", 2.0),
+    )
+    sampled(run, "--label", 3)
+
+
+@pytest.mark.parametrize("method", ["flow", "stepwise", "ct", "ict", "ect"])
+def test_a_learned_weight(method: str, here: Path) -> None:
+    run = trained(here / f"{method}-learned", "--method", method, "--weight", "learned")
+    found = load(newest(run), only={"model"}).groups["model"]
+    assert found["log_variance.fc.bias"].abs() > 0
+    sampled(run)

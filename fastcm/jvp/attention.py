@@ -1,0 +1,121 @@
+"""Softmax attention and its tangent, in memory that does not grow with the square of the length."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_SCORES = 2**22
+"""Scores held at once; four such tensors live in a block of rows."""
+
+
+def attention_dual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None = None,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention o, with its gradient, and its tangent along (tq, tk, tv), without.
+
+    With P = softmax(S), tS the tangent of S = scale q k^T and H = P tS:
+    to = H v + P tv - rowsum(H) o. A tangent that is None costs nothing.
+
+    Args:
+        q: ``[..., N, D]``.
+        k, v: ``[..., M, D]`` and ``[..., M, E]``, the leading dimensions those of q.
+        tq, tk, tv: of the shapes and dtypes of q, k and v; at least one is given.
+        is_causal: row i sees columns up to i.
+        scale: of the scores; default 1 / sqrt(D).
+
+    Returns:
+        (o, to) ``[..., N, E]``; to is stopped.
+
+    Raises:
+        ValueError: no tangent, or one of another shape or dtype than what it belongs to.
+    """
+    named = (("q", q, tq), ("k", k, tk), ("v", v, tv))
+    for name, x, tx in named:
+        if tx is not None and (tx.shape != x.shape or tx.dtype != x.dtype):
+            raise ValueError(
+                f"t{name} must be {x.dtype} {list(x.shape)} as {name} is, got {tx.dtype} "
+                f"{list(tx.shape)}"
+            )
+    if tq is None and tk is None and tv is None:
+        raise ValueError("attention_dual needs one of tq, tk and tv at least")
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rows = max(1, _SCORES // max(k.shape[-2] * q.shape[:-2].numel(), 1))
+    with torch.no_grad():
+        blocks = [
+            _tangent(
+                slice(start, min(start + rows, q.shape[-2])),
+                q,
+                k,
+                v,
+                tq,
+                tk,
+                tv,
+                o,
+                is_causal,
+                scale,
+            )
+            for start in range(0, q.shape[-2], rows)
+        ]
+        return o, blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+def _tangent(
+    rows: slice,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    o: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The tangent of these rows of o; softmax in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (scale * (q[..., rows, :] @ k.mT)).to(wide)
+    if is_causal:
+        i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+        hidden = torch.arange(k.shape[-2], device=q.device) > i
+        scores = scores.masked_fill(hidden, -torch.inf)
+    P = scores.softmax(-1)
+    out: Tensor | None = None if tv is None else P.to(v.dtype) @ tv
+    if tq is not None or tk is not None:
+        left = None if tq is None else tq[..., rows, :] @ k.mT
+        right = None if tk is None else q[..., rows, :] @ tk.mT
+        tS = right if left is None else left if right is None else left + right
+        assert tS is not None
+        # rounded before its sum is taken: constants in v then cancel to the last bit
+        H = (P * (scale * tS)).to(v.dtype)
+        moved = H @ v - H.sum(-1, keepdim=True, dtype=wide).to(o.dtype) * o[..., rows, :]
+        out = moved if out is None else out + moved
+    assert out is not None
+    return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, of tensors and of duals.
+
+    Args: see `attention_dual`; where q, k or v has a tangent, so has the result.
+    """
+    duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]  # type: ignore[no-untyped-call]
+    (q, tq), (k, tk), (v, tv) = duals
+    if tq is None and tk is None and tv is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+    o, to = attention_dual(q, k, v, tq, tk, tv, is_causal=is_causal, scale=scale)
+    out: Tensor = forward_ad.make_dual(o, to)  # type: ignore[no-untyped-call]
+    return out
