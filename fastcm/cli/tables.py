@@ -10,8 +10,8 @@ from fastcm.ema import EMA
 from fastcm.sampling.engine import Method
 
 METHODS = (
-    "flow", "stepwise", "ct", "ict", "ect", "sct", "shortcut", "meanflow", "cfm", "cd", "lcm", "scd",
-    "pairs",
+    "flow", "stepwise", "ct", "ict", "ect", "sct", "shortcut", "meanflow", "cfm", "cd", "lcm",
+    "scd", "pairs",
 )  # fmt: skip
 TWO_TIMES = ("shortcut", "meanflow")
 DISTILLATIONS = ("cd", "lcm", "scd")

@@ -147,7 +147,7 @@ class ContinuousConsistency:
     def _normalised(self, g: Tensor) -> Tensor:
         if self.normalization == "clip":
             return g.clamp(-1.0, 1.0)
-        norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(g.flatten(1), dim=1)
         if self.normalization == "rms":
             norm = norm / math.sqrt(g[0].numel())
         return g / (norm + self.c).reshape(-1, *[1] * (g.dim() - 1))
@@ -162,9 +162,10 @@ class ContinuousConsistency:
         if cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")
         conds = torch.cat([cond, unconditional(cond, self.null_condition)])
-        F, F_uncond = teacher(torch.cat([x, x]), t.repeat(2), conds).float().chunk(2)
-        guided: Tensor = F_uncond + self.guidance * (F - F_uncond)
-        return guided
+        inputs = torch.cat([x, x])
+        both = check_output("teacher", teacher(inputs, t.repeat(2), conds), inputs)
+        F, F_uncond = both.float().chunk(2)
+        return torch.lerp(F_uncond, F, self.guidance)
 
 
 def _lift(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastcm import graphs, ops, rng
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
-from fastcm.precision import Precision
+from fastcm.precision import Autocast, Precision
 from fastcm.rng import NoiseKey
 from fastcm.sampling import solvers
 from fastcm.sampling.functions import SolverName, flow_map, multistep, ode
