@@ -154,6 +154,22 @@ def _last(n: int) -> list[int]:
     return list(range(-n, 0))
 
 
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    x, tx = unpack(input)
+    assert tx is not None
+    with torch.no_grad():
+        tangent = torch.ops.aten.silu_backward(tx, x)
+    return dual(F.silu(x), tangent)
+
+
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+    x, tx = unpack(input)
+    assert tx is not None
+    with torch.no_grad():
+        tangent = torch.ops.aten.gelu_backward(tx, x, approximate=approximate)
+    return dual(F.gelu(x, approximate=approximate), tangent)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -183,5 +199,7 @@ RULES: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     F.group_norm: group_norm,
+    F.silu: silu,
+    F.gelu: gelu,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
 }
