@@ -10,7 +10,7 @@ import sys
 
 from benchmarks.harness import folder
 
-PARTS = ("ops", "optim", "step", "sampling")
+PARTS = ("ops", "optim", "step", "sampling", "jvp")
 
 
 def main() -> None:
