@@ -63,6 +63,8 @@ class ContinuousConsistency:
     metric: Metric = SquaredL2()
     guidance: float | None = None
     null_condition: Tensor | int | None = None
+    served: Parameterization = field(init=False, repr=False)
+    """What the student is trained as."""
 
     target_average = None
     derives = True
@@ -84,6 +86,8 @@ class ContinuousConsistency:
             raise ValueError(f"warmup must be >= 0 steps, got {self.warmup}")
         if self.guidance is not None and (self.teacher is None or self.null_condition is None):
             raise ValueError("guidance needs a teacher and null_condition")
+        path = p.path if isinstance(p.path, TrigFlow) else TrigFlow(self.sigma_data)
+        object.__setattr__(self, "served", Parameterization(path))
         if self.teacher is None:
             return
         if not isinstance(self.teacher, nn.Module):
@@ -94,12 +98,6 @@ class ContinuousConsistency:
         object.__setattr__(self, "teacher_parameterization", self.served)
         assert self.teacher is not None
         self.teacher.requires_grad_(False).eval()
-
-    @property
-    def served(self) -> Parameterization:
-        """What the student is trained as."""
-        path = self.parameterization.path
-        return Parameterization(path if isinstance(path, TrigFlow) else TrigFlow(self.sigma_data))
 
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""

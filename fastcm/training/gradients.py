@@ -158,7 +158,8 @@ class Gradients:
         if loss.gradient is None:
             return loss
         # or compiled code would also differentiate the mean
-        return loss._replace(mean=loss.mean.detach(), per_sample=loss.per_sample.detach())
+        mean, per_sample, output, gradient, also = loss
+        return Loss(mean.detach(), per_sample.detach(), output, gradient, also)
 
     def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
         with _undone(self.net, self._parameters, x0.device):

@@ -345,6 +345,29 @@ def test_a_two_time_objective_needs_a_network_of_two_times() -> None:
         fastcm.Trainer(networks.MLP((3,), 16, 1), MeanFlow(), data=torch.randn(8, 3), batch_size=4)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        MeanFlow(),
+        MeanFlow(predicted_tangent=True),
+        ContinuousConsistency(),
+        ContinuousConsistency(Parameterization(Linear())),
+        ContinuousConsistency(teacher=networks.MLP((3,), 16, 1)),
+    ],
+)
+def test_the_loss_is_one_graph(objective: Any) -> None:
+    net = networks.MLP((3,), 16, 1, two_times=True, log_variance=True)
+
+    def loss(x0: Tensor, key: Tensor) -> Tensor:
+        mean: Tensor = objective.loss(net, Batch(x0, NoiseKey.wrap(key))).mean
+        return mean
+
+    torch._dynamo.reset()
+    arguments = torch.randn(8, 3), NoiseKey(1).tensor
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), loss(*arguments), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", [MeanFlow(), ContinuousConsistency(warmup=3)])
 def test_a_compiled_run_is_the_eager_one_and_resumes_bit_for_bit(
     objective: Any, tmp_path: Any
