@@ -97,8 +97,8 @@ def samples(dtype: torch.dtype, D: int, offset: int = 0) -> Tensor:
     return torch.empty(B * D + offset, dtype=dtype, device="meta")[offset:].view(B, D)
 
 
-def per_sample(*shape: int) -> Tensor:
-    return torch.empty(*shape, B, device="meta")
+def per_sample(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(*shape, B, dtype=dtype, device="meta")
 
 
 def state(dtype: torch.dtype, D: int) -> State:
@@ -114,7 +114,14 @@ def noising_case(*dtypes: torch.dtype, D: int = 3072, offset: int = 0) -> list[L
     x0, *outs = (samples(dtype, D, offset) for dtype in dtypes)
     recorder = Recorder(noising.noising_kernel)
     key = torch.empty(3, dtype=torch.int64, device="meta")
-    noising.launch_noising(x0, per_sample(len(outs), 2), key, *outs, stream=0, kernel=recorder)
+    noising.launch_noising(
+        x0,
+        list(zip(*(per_sample(len(outs)) for _ in range(2)))),
+        key,
+        *outs,
+        stream=0,
+        kernel=recorder,
+    )
     return recorder.launches
 
 
@@ -161,14 +168,15 @@ def euler_case(x: Tensor | State, v: torch.dtype, scaled: torch.dtype | None) ->
     return recorder.launches
 
 
-def sampler_case(x: torch.dtype, F: torch.dtype) -> list[Launch]:
+def sampler_case(x: torch.dtype, F: torch.dtype, guided: bool = False) -> list[Launch]:
     recorder = Recorder(affine.sampler_update_kernel)
-    a, b, alpha, sigma = (per_sample() for _ in range(4))
+    a, b, alpha, sigma, guidance = (per_sample(dtype=FP64 if guided else FP32) for _ in range(5))
     key = torch.empty(3, dtype=torch.int64, device="meta")
     out = samples(x, 3072)
+    extra = {"F_uncond": samples(F, 3072), "guidance": guidance} if guided else {}
     affine.launch_sampler_update(
         samples(x, 3072), samples(F, 3072), a, b, alpha, sigma, key, out,
-        stream=16, kernel=recorder,
+        stream=16, **extra, kernel=recorder,
     )  # fmt: skip
     return recorder.launches
 
@@ -279,6 +287,7 @@ def cases() -> dict[str, list[Launch]]:
     rows["x from fp32, v bf16, guided -> fp32 bf16"] = euler_case(state(FP32, 3072), BF16, BF16)
     rows["x fp32, F fp32, z"] = sampler_case(FP32, FP32)
     rows["x fp32, F bf16, z"] = sampler_case(FP32, BF16)
+    rows["x fp32, F bf16, guided by fp64, z"] = sampler_case(FP32, BF16, guided=True)
     huber, squared = consistency_loss.PSEUDO_HUBER, consistency_loss.SQUARED_L2
     for D in (3072, 16384, 65536):
         x = state(FP32, D)

@@ -109,25 +109,37 @@ extern "C" int euler_step(const EulerArguments* p) {
 struct SamplerArguments {
   int64_t B, D, threads;
   Tensor x, F, a, b, alpha, sigma, key;
+  Tensor F_uncond, guidance;  // both or none
   int64_t stream, first;
   Tensor out;
 };
 
-// out = alpha (a x + b F) + sigma z
+// out = alpha (a x + b (F_u + guidance (F - F_u))) + sigma z
 extern "C" int sampler_update(const SamplerArguments* p) {
   const int64_t B = p->B, D = p->D;
   FASTCM_CHECK(p->x.check(B * D));
   FASTCM_CHECK(p->F.check(B * D));
   for (const Tensor* c : {&p->a, &p->b, &p->alpha, &p->sigma}) FASTCM_CHECK(c->check_rows(B));
   FASTCM_CHECK(check_key(p->key));
+  if (p->F_uncond) {
+    FASTCM_CHECK(p->F_uncond.check(B * D));
+    FASTCM_CHECK(p->guidance.check_rows(B));
+  }
   FASTCM_CHECK(p->out.check(B * D));
   const Noise noise(p->key, p->stream, p->first);
   for_pieces(B, D, p->threads, [&](int64_t sample, int64_t begin, int64_t n) {
-    alignas(64) float z[PIECE], x_piece[PIECE], F_piece[PIECE], piece[PIECE];
+    alignas(64) float z[PIECE], x_piece[PIECE], F_piece[PIECE], u_piece[PIECE], mixed[PIECE],
+        piece[PIECE];
     const int64_t at = sample * D + begin;
     noise.normals(sample, begin, n, z);
     const float* __restrict x = load(p->x, at, n, x_piece);
     const float* __restrict F = load(p->F, at, n, F_piece);
+    if (p->F_uncond) {
+      const float* __restrict u = load(p->F_uncond, at, n, u_piece);
+      const float w = p->guidance.at(sample);
+      for (int64_t i = 0; i < padded(n); ++i) mixed[i] = u[i] + w * (F[i] - u[i]);
+      F = mixed;
+    }
     const float a = p->a.at(sample), b = p->b.at(sample);
     const float alpha = p->alpha.at(sample), sigma = p->sigma.at(sample);
     float* __restrict out = room(p->out, at, n, piece);

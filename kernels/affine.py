@@ -17,6 +17,7 @@ from fastcm.kernels.noising import (
     State,
     affine,
     as_state,
+    coefficient,
     configure,
     load_state,
     load_unit,
@@ -68,9 +69,16 @@ def scale_kernel(
     sample, start, row = locate(tl.program_id(0), D, BLOCK)
     cols, mask = columns(start, D, BLOCK, VECTOR)
     g = load_unit(g_ptr, row + cols, mask)
-    store(out_ptr, row + cols, tl.load(c_ptr + sample) * g, mask)
+    store(out_ptr, row + cols, coefficient(c_ptr, sample) * g, mask)
     if PAIR:
-        store(out2_ptr, row + cols, tl.load(c2_ptr + sample) * g, mask)
+        store(out2_ptr, row + cols, coefficient(c2_ptr, sample) * g, mask)
+
+
+@triton.jit
+def guided(F, F_uncond_ptr, guidance_ptr, sample, offsets, mask):
+    """F_u + w (F - F_u)."""
+    F_uncond = load_unit(F_uncond_ptr, offsets, mask)
+    return tl.fma(coefficient(guidance_ptr, sample), F - F_uncond, F_uncond)
 
 
 @triton.jit(do_not_specialize=["x_stream", "x_first_sample"])
@@ -94,6 +102,7 @@ def euler_kernel(
     GUIDED: tl.constexpr,
     SCALED: tl.constexpr,
     PAIR: tl.constexpr,
+    RESCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     FAST: tl.constexpr,
@@ -103,24 +112,27 @@ def euler_kernel(
     # all loads come before the noise, whose arithmetic then hides their latency
     v = load_unit(v_ptr, row + cols, mask)
     if GUIDED:
-        v_uncond = load_unit(v_uncond_ptr, row + cols, mask)
-        v = tl.fma(tl.load(guidance_ptr + sample), v - v_uncond, v_uncond)
+        v = guided(v, v_uncond_ptr, guidance_ptr, sample, row + cols, mask)
     x = load_state(
         x_ptr, x_alpha_ptr, x_sigma_ptr, x_key_ptr, x_stream, x_first_sample,
         sample, row, start, D, X_NOISED, BLOCK, VECTOR, FAST,
     )  # fmt: skip
     if SCALED:
-        x = tl.load(scale_ptr + sample) * x
-    x_s = tl.fma(-tl.load(dt_ptr + sample), v, x)
+        x = coefficient(scale_ptr, sample) * x
+    x_s = tl.fma(-coefficient(dt_ptr, sample), v, x)
     store(out_ptr, row + cols, x_s, mask)
     if PAIR:
-        store(scaled_ptr, row + cols, tl.load(out_scale_ptr + sample) * x_s, mask)
+        if RESCALED:
+            x_s = coefficient(out_scale_ptr, sample) * x_s
+        store(scaled_ptr, row + cols, x_s, mask)
 
 
 @triton.jit(do_not_specialize=["noise_stream", "first_sample"])
 def sampler_update_kernel(
     x_ptr,
     F_ptr,
+    F_uncond_ptr,
+    guidance_ptr,
     a_ptr,
     b_ptr,
     alpha_ptr,
@@ -130,6 +142,7 @@ def sampler_update_kernel(
     noise_stream,
     first_sample,
     D,
+    GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     FAST: tl.constexpr,
@@ -138,6 +151,8 @@ def sampler_update_kernel(
     cols, mask = columns(start, D, BLOCK, VECTOR)
     x = load_unit(x_ptr, row + cols, mask)
     F = load_unit(F_ptr, row + cols, mask)
+    if GUIDED:
+        F = guided(F, F_uncond_ptr, guidance_ptr, sample, row + cols, mask)
     z = normals(key_ptr, noise_stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
     f = affine(a_ptr, x, b_ptr, F, sample)
     store(out_ptr, row + cols, affine(alpha_ptr, f, sigma_ptr, z, sample), mask)
@@ -153,7 +168,7 @@ def launch_boundary(
     config: LaunchConfig | None = None,
     kernel: Kernel = boundary_kernel,
 ) -> None:
-    """a x + b F into `out`; a, b float32 ``[B]``, the rest ``[B, ...]`` of any float dtype."""
+    """a x + b F into `out`; a, b ``[B]``, the rest ``[B, ...]`` of any float dtype."""
     x = as_state(x)
     B, D = launch.extent(F, x.x, out)
     x.check(B)
@@ -226,12 +241,12 @@ def launch_euler(
     Args:
         x: x_t ``[B, ...]``, a tensor or a `State`.
         v, v_uncond: ``[B, ...]``, any float dtype: the halves of one batched network output.
-        dt, guidance, scale, out_scale: float32 ``[B]``; guidance goes with v_uncond, out_scale
-            with scaled_out.
+        dt, guidance, scale, out_scale: ``[B]``; guidance goes with v_uncond, out_scale
+            with scaled_out, for which it is 1 if absent.
         out, scaled_out: ``[B, ...]``, each of its own float dtype.
     """
     assert (v_uncond is None) == (guidance is None), "v_uncond and guidance go together"
-    assert (scaled_out is None) == (out_scale is None), "scaled_out and out_scale go together"
+    assert scaled_out is not None or out_scale is None, "out_scale needs scaled_out"
     x = as_state(x)
     B, D = launch.extent(v, x.x, v_uncond, out, scaled_out)
     x.check(B)
@@ -254,6 +269,7 @@ def launch_euler(
         GUIDED=v_uncond is not None,
         SCALED=scale is not None,
         PAIR=scaled_out is not None,
+        RESCALED=out_scale is not None,
         BLOCK=config.BLOCK,
         VECTOR=config.VECTOR,
         FAST=fast,
@@ -273,19 +289,27 @@ def launch_sampler_update(
     *,
     stream: int,
     first_sample: int = 0,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
     config: LaunchConfig | None = None,
     kernel: Kernel = sampler_update_kernel,
 ) -> None:
-    """alpha (a x + b F) + sigma z into `out`; coefficients float32 ``[B]``, key int64 ``[3]``."""
-    B, D = launch.extent(x, F, out)
-    launch.check_coefficients(B, (a, b, alpha, sigma))
+    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z into `out`; without F_u, F alone.
+
+    x, F, F_uncond and out ``[B, ...]`` of any float dtype, coefficients ``[B]``, key int64 ``[3]``.
+    """
+    assert (F_uncond is None) == (guidance is None), "F_uncond and guidance go together"
+    B, D = launch.extent(x, F, F_uncond, out)
+    launch.check_coefficients(B, (a, b, alpha, sigma, guidance))
     launch.check_key(key)
     if B == 0 or D == 0:
         return
-    config, fast = configure(config, launch.pointwise, D, x, F, out)
+    config, fast = configure(config, launch.pointwise, D, x, F, F_uncond, out)
     kernel[launch.grid(B, D, config)](
         x,
         F,
+        x if F_uncond is None else F_uncond,
+        x if guidance is None else guidance,
         a,
         b,
         alpha,
@@ -295,6 +319,7 @@ def launch_sampler_update(
         stream,
         first_sample,
         D,
+        GUIDED=F_uncond is not None,
         BLOCK=config.BLOCK,
         VECTOR=config.VECTOR,
         FAST=fast,

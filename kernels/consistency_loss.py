@@ -8,6 +8,7 @@ number of partial sums follows from the sample alone, so the bits do not depend 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastcm.kernels.noising import (
     State,
     affine,
     as_state,
+    coefficient,
     configure,
     load_state,
     load_unit,
@@ -147,12 +149,12 @@ def loss_kernel(
         total += tl.sum(accumulate(tail, METRIC))
     value, slope = evaluate(total, c, METRIC)
     if WEIGHTED:
-        weight = tl.load(weight_ptr + sample)
+        weight = coefficient(weight_ptr, sample)
         value *= weight
         slope *= weight
     tl.store(loss_ptr + sample, value)
     # dloss / dF = slope b r: the residual is still in registers
-    slope *= tl.load(b_ptr + sample) * tl.cast(gradient_scale, tl.float32)
+    slope *= coefficient(b_ptr, sample) * tl.cast(gradient_scale, tl.float32)
     cols, mask = columns(0, D, BLOCK, VECTOR)
     store(grad_ptr, row + cols, differentiate(head, slope, METRIC), mask)
     if TAIL > 0:
@@ -207,12 +209,12 @@ def loss_finish_kernel(
     partial = tl.load(partial_ptr + sample * chunks + parts, mask=parts < chunks, other=0.0)
     value, slope = evaluate(tl.sum(partial), c, METRIC)
     if WEIGHTED:
-        weight = tl.load(weight_ptr + sample)
+        weight = coefficient(weight_ptr, sample)
         value *= weight
         slope *= weight
     if start == 0:
         tl.store(loss_ptr + sample, value)
-    slope *= tl.load(b_ptr + sample) * tl.cast(gradient_scale, tl.float32)
+    slope *= coefficient(b_ptr, sample) * tl.cast(gradient_scale, tl.float32)
     for step in range(STEPS):
         residual = load_residual(
             F_ptr, a_ptr, b_ptr,
@@ -261,7 +263,7 @@ def launch_consistency_loss(
     Args:
         F, target_F: ``[B, ...]``, any float dtype.
         x, target: ``[B, ...]``, a tensor or a `State`.
-        a, b, target_a, target_b, weight: float32 ``[B]``; target_a, target_b and target_F go
+        a, b, target_a, target_b, weight: ``[B]``; target_a, target_b and target_F go
             together.
         loss: float32 ``[B]``.
         grad: gradient_scale d loss_b / dF; any float dtype.
@@ -277,7 +279,8 @@ def launch_consistency_loss(
     B, D = launch.extent(F, x.x, target.x, target_F, grad)
     x.check(B)
     target.check(B)
-    launch.check_coefficients(B, (a, b, target_a, target_b, weight, loss))
+    launch.check_coefficients(B, (a, b, target_a, target_b, weight))
+    assert loss.dtype == torch.float32 and loss.shape == (B,) and loss.is_contiguous()
     if B == 0:
         return
     if D == 0:

@@ -180,10 +180,11 @@ def extent(like: Tensor, *others: Tensor | None) -> tuple[int, int]:
 
 
 def check_coefficients(B: int, coefficients: Sequence[Tensor | None]) -> None:
-    """Per-sample coefficients are float32 and contiguous, one for each sample."""
+    """Per-sample coefficients are float32 or float64 and contiguous, one for each sample."""
     for value in coefficients:
         if value is not None:
-            assert value.dtype == torch.float32 and value.is_contiguous(), value.dtype
+            assert value.dtype in (torch.float32, torch.float64), value.dtype
+            assert value.is_contiguous(), value.stride()
             assert value.numel() == B, f"{value.numel()} coefficients for {B} samples"
 
 

@@ -6,7 +6,7 @@ they regenerate in float32 so that a rounded copy never enters their arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class State:
 
     Args:
         x: float; float or uint8 (meaning x / 127.5 - 1) in the closed form.
-        alpha, sigma: float32 ``[B]``, both or none.
+        alpha, sigma: coefficients ``[B]``, both or none.
         key: int64 ``[3]``: seed, step, first sample.
         stream, first_sample: of the noise.
     """
@@ -95,9 +95,15 @@ def load_unit(x_ptr, offsets, mask):
 
 
 @triton.jit
+def coefficient(ptr, sample):
+    """That of a sample, in float32."""
+    return tl.load(ptr + sample).to(tl.float32)
+
+
+@triton.jit
 def affine(a_ptr, x, b_ptr, y, sample):
     """a x + b y of one sample, its rounding spelled out: the same bits from every compiler."""
-    return tl.fma(tl.load(a_ptr + sample), x, tl.load(b_ptr + sample) * y)
+    return tl.fma(coefficient(a_ptr, sample), x, coefficient(b_ptr, sample) * y)
 
 
 @triton.jit
@@ -134,13 +140,15 @@ def store(ptr, offsets, value, mask):
 @triton.jit(do_not_specialize=["noise_stream", "first_sample"])
 def noising_kernel(
     x0_ptr,
-    coeffs_ptr,
+    alpha_ptr,
+    sigma_ptr,
+    alpha2_ptr,
+    sigma2_ptr,
     key_ptr,
     out_ptr,
     out2_ptr,
     noise_stream,
     first_sample,
-    B,
     D,
     BARE: tl.constexpr,
     PAIR: tl.constexpr,
@@ -155,15 +163,14 @@ def noising_kernel(
         store(out_ptr, row + cols, z, mask)
     else:
         x0 = load_unit(x0_ptr, row + cols, mask)
-        store(out_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
+        store(out_ptr, row + cols, affine(alpha_ptr, x0, sigma_ptr, z, sample), mask)
         if PAIR:
-            coeffs_ptr += 2 * B
-            store(out2_ptr, row + cols, affine(coeffs_ptr, x0, coeffs_ptr + B, z, sample), mask)
+            store(out2_ptr, row + cols, affine(alpha2_ptr, x0, sigma2_ptr, z, sample), mask)
 
 
 def launch_noising(
     x0: Tensor,
-    coeffs: Tensor,
+    coeffs: Tensor | Sequence[tuple[Tensor, Tensor]],
     key: Tensor,
     out: Tensor,
     out2: Tensor | None = None,
@@ -180,14 +187,16 @@ def launch_noising(
 
     Args:
         x0: ``[B, ...]``, uint8 or float.
-        coeffs: float32 ``[K, 2, B]``, (alpha, sigma) of each of the K = 1 or 2 versions.
+        coeffs: (alpha, sigma) of each of the one or two versions, ``[B]``; float32 or float64, as
+            all coefficients.
         key: int64 ``[3]``: seed, step, first sample; read on the device.
         out, out2: the shape of x0, float32, bfloat16 or float16, each its own.
         stream, first_sample: of the noise.
     """
     B, D = launch.extent(x0, out, out2)
-    assert coeffs.shape == (1 if out2 is None else 2, 2, B), coeffs.shape
-    launch.check_coefficients(coeffs.numel(), (coeffs,))
+    pairs = [(alpha, sigma) for alpha, sigma in coeffs]
+    assert len(pairs) == (1 if out2 is None else 2), f"{len(pairs)} pairs of coefficients"
+    launch.check_coefficients(B, [c for pair in pairs for c in pair])
     launch.check_key(key)
     assert out.dtype != torch.float64
     if B == 0 or D == 0:
@@ -196,13 +205,13 @@ def launch_noising(
     # an absent operand is stood in for by one that is only read: no None in a traced launch
     kernel[launch.grid(B, D, config)](
         x0,
-        coeffs,
+        *pairs[0],
+        *pairs[-1],
         key,
         out,
         x0 if out2 is None else out2,
         stream,
         first_sample,
-        B,
         D,
         BARE=False,
         PAIR=out2 is not None,
@@ -231,13 +240,11 @@ def launch_noise(
     config, fast = configure(config, launch.pointwise, D, out)
     kernel[launch.grid(B, D, config)](
         out,
-        key,
-        key,
+        *[key] * 5,
         out,
         out,
         stream,
         first_sample,
-        B,
         D,
         BARE=True,
         PAIR=False,

@@ -44,7 +44,6 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, Sample]]:
     uint8 = torch.randint(256, x.shape, dtype=torch.uint8)
     plain = (x, None, None, None, 0, 0)
     noised = (uint8, c, d, KEY.tensor, rng.NOISE, 2)
-    pair = torch.stack([a, b]), torch.stack([c, d])
     v.requires_grad_(True)
     none = (None, None, None)
     return {
@@ -52,7 +51,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, Sample]]:
         "uniform": (F.uniform, (5, KEY.tensor, 1, 2)),
         "noising": (F.noising, (x, a, b, KEY.tensor, 0, 1, dtype)),
         "noising, uint8": (F.noising, (uint8, a, b, KEY.tensor, 0, 1, torch.bfloat16)),
-        "noising_pair": (F.noising_pair, (x, *pair, KEY.tensor, 0, 0, dtype)),
+        "noising_pair": (F.noising_pair, (x, a, c, b, d, KEY.tensor, 0, 0, dtype)),
         "boundary": (F.boundary, (*plain, v, a, b)),
         "boundary, noised": (F.boundary, (*noised, v, a, b)),
         "scale": (F.scale, (x, a, dtype)),
@@ -60,6 +59,10 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, Sample]]:
         "euler, guided": (F.euler_step, (*plain, v, a, u, b, c, d, torch.bfloat16)),
         "euler, noised": (F.euler_step, (*noised, v, a, None, None, c, None, dtype)),
         "sampler_update": (F.sampler_update, (x, v, a, b, c, d, KEY.tensor, rng.SAMPLE, 0)),
+        "sampler_update, guided": (
+            F.sampler_update,
+            (x, v, a, b, c, d, KEY.tensor, rng.SAMPLE, 0, u, a),
+        ),
         **{
             f"loss, metric {m}": (
                 F.consistency_loss,

@@ -38,13 +38,24 @@ def _noising(
     first_sample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return _pair(x0, alpha[None], sigma[None], key, stream, first_sample, out_dtype)[0]
+    return _versions(x0, [alpha], [sigma], key, stream, first_sample, out_dtype)[0]
 
 
-def _pair(
+def _noising_pair(
     x0: Tensor,
     alpha: Tensor,
     sigma: Tensor,
+    alpha2: Tensor,
+    sigma2: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return _versions(x0, [alpha, alpha2], [sigma, sigma2], *rest)
+
+
+def _versions(
+    x0: Tensor,
+    alpha: Sequence[Tensor],
+    sigma: Sequence[Tensor],
     key: Tensor,
     stream: int,
     first_sample: int,
@@ -90,9 +101,21 @@ def _sampler_update(
     key: Tensor,
     stream: int,
     first_sample: int,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
     return reference.sampler_update(
-        x, F, a, b, alpha, sigma, NoiseKey.wrap(key), stream=stream, first_sample=first_sample
+        x,
+        F,
+        a,
+        b,
+        alpha,
+        sigma,
+        NoiseKey.wrap(key),
+        stream=stream,
+        first_sample=first_sample,
+        F_uncond=F_uncond,
+        guidance=guidance,
     )
 
 
@@ -123,7 +146,7 @@ REFERENCES: dict[Any, Callable[..., Any]] = {
     _fastcm.noise.default: _noise,
     _fastcm.uniform.default: _uniform,
     _fastcm.noising.default: _noising,
-    _fastcm.noising_pair.default: _pair,
+    _fastcm.noising_pair.default: _noising_pair,
     _fastcm.boundary.default: _boundary,
     _fastcm.scale.default: _scale,
     _fastcm.euler_step.default: _euler_step,

@@ -110,11 +110,7 @@ def euler_step(
     like = validation.check_state("x", x)
     validation.check_like("v", v, like, "x")
     validation.check_coefficient("dt", dt, like)
-    if (v_uncond is None) != (guidance is None):
-        raise ValueError("v_uncond and guidance go together: give both or none")
-    if v_uncond is not None:
-        validation.check_like("v_uncond", v_uncond, like, "x")
-        validation.check_coefficient("guidance", guidance, like)
+    validation.check_guidance("v_uncond", v_uncond, guidance, like)
     if scale is not None:
         validation.check_coefficient("scale", scale, like)
     if input_scale is not None:
@@ -156,6 +152,8 @@ def sampler_update(
     *,
     stream: int,
     first_sample: int = 0,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
     """One multi-step sampler update alpha (a x + b F) + sigma z with fresh noise.
 
@@ -164,6 +162,8 @@ def sampler_update(
         a, b: ``[B]``, denoiser coefficients at the present time.
         alpha, sigma: ``[B]``, the path at the next time.
         key, stream, first_sample: see `noise`.
+        F_uncond, guidance: ``[B, ...]`` and ``[B]``; F_uncond + guidance (F - F_uncond) stands in
+            for F.
 
     Returns:
         x at the next time, float32 (float64 if x or F is).
@@ -178,14 +178,27 @@ def sampler_update(
     validation.check_coefficient("alpha", alpha, x)
     validation.check_coefficient("sigma", sigma, x)
     validation.check_noise(key, stream, first_sample, x.device)
-    way = door(x, F, noisy=True)
+    validation.check_guidance("F_uncond", F_uncond, guidance, x)
+    way = door(x, F, F_uncond, noisy=True)
     if way is Door.KERNEL:
         out: Tensor = _fastcm.sampler_update(
-            x, F, a, b, alpha, sigma, key.tensor, stream, first_sample
+            x, F, a, b, alpha, sigma, key.tensor, stream, first_sample, F_uncond, guidance
         )
         return out
     update = native.sampler_update if way is Door.NATIVE else reference.sampler_update
-    return update(x, F, a, b, alpha, sigma, key, stream=stream, first_sample=first_sample)
+    return update(
+        x,
+        F,
+        a,
+        b,
+        alpha,
+        sigma,
+        key,
+        stream=stream,
+        first_sample=first_sample,
+        F_uncond=F_uncond,
+        guidance=guidance,
+    )
 
 
 def consistency_loss(

@@ -27,9 +27,15 @@ def _noising_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return _scale(g, alpha, ctx.dtype), *[None] * 6
 
 
+def _noising_pair_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x0, alpha, _, alpha2, *_ = inputs
+    ctx.save_for_backward(alpha, alpha2)
+    ctx.dtype = x0.dtype
+
+
 def _noising_pair_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...]:
-    (alpha,) = ctx.saved_tensors
-    return _scale(g, alpha[0], ctx.dtype) + _scale(g2, alpha[1], ctx.dtype), *[None] * 6
+    alpha, alpha2 = ctx.saved_tensors
+    return _scale(g, alpha, ctx.dtype) + _scale(g2, alpha2, ctx.dtype), *[None] * 8
 
 
 def _boundary_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -68,15 +74,18 @@ def _euler_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...
 
 
 def _sampler_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, F, a, b, alpha, *_ = inputs
-    ctx.save_for_backward(a, b, alpha)
+    x, F, a, b, alpha = inputs[:5]
+    ctx.save_for_backward(a, b, alpha, inputs[-1])
     ctx.dtypes = x.dtype, F.dtype
 
 
 def _sampler_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    a, b, alpha = ctx.saved_tensors
-    grads = (_scale(g, alpha * c, dtype) for c, dtype in zip((a, b), ctx.dtypes))
-    return *grads, *[None] * 7
+    a, b, alpha, guidance = ctx.saved_tensors
+    gain = alpha * b
+    cond = gain if guidance is None else gain * guidance
+    grad_x, grad_F = _scale(g, alpha * a, ctx.dtypes[0]), _scale(g, cond, ctx.dtypes[1])
+    grad_uncond = None if guidance is None else _scale(g, gain - cond, ctx.dtypes[1])
+    return grad_x, grad_F, *[None] * 7, grad_uncond, None
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -95,7 +104,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, 
 
 for _op, _setup, _backward in (
     (registered.noising_op, _noising_setup, _noising_backward),
-    (registered.noising_pair_op, _noising_setup, _noising_pair_backward),
+    (registered.noising_pair_op, _noising_pair_setup, _noising_pair_backward),
     (registered.boundary_op, _boundary_setup, _boundary_backward),
     (registered.euler_step_op, _euler_setup, _euler_backward),
     (registered.sampler_update_op, _sampler_setup, _sampler_backward),

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastcm.kernels import native
 from fastcm.losses import PseudoHuber, SampleMetric
-from fastcm.ops.operands import layout, restored, same_noise
+from fastcm.ops.operands import layout, optional, restored, same_noise
 from fastcm.ops.reference import Denoised, Noised
 from fastcm.ops.registered import METRICS
 from fastcm.rng import NoiseKey
@@ -50,13 +50,6 @@ def _tensor(t: Tensor | None) -> tuple[int, int, int]:
     return _NOTHING if t is None else (t.data_ptr(), _CODES[t.dtype], t.numel())
 
 
-def _rows(c: Tensor | None) -> Tensor | None:
-    """Coefficients ``[B]`` that native code reads."""
-    if c is None:
-        return None
-    return (c if c.dtype in (torch.float32, torch.float64) else c.float()).contiguous()
-
-
 class _State:
     """A tensor or closed form with what of it must live as long as the call."""
 
@@ -64,7 +57,7 @@ class _State:
         self._held: tuple[Tensor | None, ...]
         if isinstance(x, Noised):
             key = x.key.tensor.contiguous()
-            self._held = (x.x0.contiguous(), _rows(x.alpha), _rows(x.sigma), key)
+            self._held = (x.x0.contiguous(), optional(x.alpha), optional(x.sigma), key)
             self._where = (x.stream, x.first_sample)
         else:
             self._held, self._where = (x.contiguous(), None, None, None), (0, 0)
@@ -142,7 +135,7 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (x_, F_), back = layout(x, F)
         assert x_ is not None and F_ is not None
         x, F = x_, F_
-    F, a_, b_, state = F.contiguous(), _rows(a), _rows(b), _State(x)
+    F, a_, b_, state = F.contiguous(), optional(a), optional(b), _State(x)
     out = torch.empty(F.shape, dtype=torch.float32, device=_CPU)
     operands = (*_tensor(F), *_tensor(a_), *_tensor(b_), *_tensor(out))
     _call("boundary", F.shape, *state.packed(), *operands)
@@ -153,7 +146,7 @@ def scale(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     """c g."""
     (g_,), back = layout(g)
     assert g_ is not None
-    c_, out = _rows(c), torch.empty(g_.shape, dtype=out_dtype, device=_CPU)
+    c_, out = optional(c), torch.empty(g_.shape, dtype=out_dtype, device=_CPU)
     _call("scale", g_.shape, *_tensor(g_), *_tensor(c_), *_tensor(out))
     return restored(out, back)
 
@@ -177,7 +170,7 @@ def euler_step(
         x, v = x_, v_
     v = v.contiguous()
     v_uncond = None if v_uncond is None else v_uncond.contiguous()
-    state, rows = _State(x), [_rows(c) for c in (dt, guidance, scale, input_scale)]
+    state, rows = _State(x), [optional(c) for c in (dt, guidance, scale, input_scale)]
     out = torch.empty(v.shape, dtype=torch.float32, device=_CPU)
     second = None
     if input_dtype is not None:
@@ -198,11 +191,15 @@ def sampler_update(
     *,
     stream: int,
     first_sample: int,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
-    """alpha (a x + b F) + sigma z."""
+    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z."""
     compiling = torch.compiler.is_compiling()
     update = torch.ops.fastcm.cpu_sampler_update if compiling else _sampler_update
-    out: Tensor = update(x, F, a, b, alpha, sigma, key.tensor, stream, first_sample)
+    out: Tensor = update(
+        x, F, a, b, alpha, sigma, key.tensor, stream, first_sample, F_uncond, guidance
+    )
     return out
 
 
@@ -216,9 +213,12 @@ def _sampler_update(
     key: Tensor,
     stream: int,
     first_sample: int,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
-    tensors = [x.contiguous(), F.contiguous(), *(_rows(c) for c in (a, b, alpha, sigma))]
+    tensors = [x.contiguous(), F.contiguous(), *(optional(c) for c in (a, b, alpha, sigma))]
     tensors.append(key.contiguous())
+    tensors += [None if F_uncond is None else F_uncond.contiguous(), optional(guidance)]
     out = torch.empty(x.shape, dtype=torch.float32, device=_CPU)
     packed = [n for t in tensors for n in _tensor(t)]
     _call("sampler_update", x.shape, *packed, stream, first_sample, *_tensor(out))
@@ -249,7 +249,8 @@ for _schema, _function, _fake in (
     ),
     (
         "cpu_sampler_update(Tensor x, Tensor F, Tensor a, Tensor b, Tensor alpha, Tensor sigma, "
-        "Tensor key, int stream, int first_sample) -> Tensor",
+        "Tensor key, int stream, int first_sample, Tensor? F_uncond=None, Tensor? guidance=None)"
+        " -> Tensor",
         _sampler_update,
         lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
     ),
@@ -279,7 +280,7 @@ def consistency_loss_and_gradient(
     mapped = (target.F, target.a, target.b) if isinstance(target, Denoised) else (None,) * 3
     F, target_F = F.contiguous(), None if mapped[0] is None else mapped[0].contiguous()
     x_state, y_state = _State(x_t), _State(y)
-    rows = [_rows(c) for c in (a, b, *mapped[1:], weight)]
+    rows = [optional(c) for c in (a, b, *mapped[1:], weight)]
     values = torch.empty(F.shape[:1], dtype=torch.float32, device=_CPU)
     gradient = torch.empty(F.shape, dtype=F.dtype, device=_CPU)
     c = 1.0

@@ -103,7 +103,7 @@ def noising(
     Raises:
         ValueError, TypeError: an argument of the wrong rank, shape, dtype or device.
     """
-    x0 = validation.check_samples("x0", x0, allow_uint8=True)
+    validation.check_samples("x0", x0, allow_uint8=True)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -114,33 +114,52 @@ def noising(
                 f"{name} must have shape [{x0.shape[0]}] or [2, {x0.shape[0]}], "
                 f"got {validation.describe(value)}"
             )
-        validation.check_coefficient(name, value if value.dim() == 1 else value[0], x0)
     if alpha.shape != sigma.shape:
         raise ValueError(
             f"alpha and sigma must have the same shape, got {list(alpha.shape)} "
             f"and {list(sigma.shape)}"
         )
+    single = alpha.dim() == 1
+    coefficients = [(alpha, sigma)] if single else list(zip(alpha.unbind(), sigma.unbind()))
+    made = versions(
+        x0, coefficients, key, stream=stream, first_sample=first_sample, out_dtype=out_dtype
+    )
+    return made[0] if single else (made[0], made[1])
+
+
+def versions(
+    x0: Tensor,
+    coefficients: Sequence[tuple[Tensor, Tensor]],
+    key: NoiseKey,
+    *,
+    stream: int = rng.NOISE,
+    first_sample: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Sequence[Tensor]:
+    """`noising` by one or two (alpha, sigma), ``[B]`` each."""
+    validation.check_samples("x0", x0, allow_uint8=True)
+    for alpha, sigma in coefficients:
+        validation.check_coefficient("alpha", alpha, x0)
+        validation.check_coefficient("sigma", sigma, x0)
     validation.check_noise(key, stream, first_sample, x0.device)
     if out_dtype is None:
         out_dtype = x0.dtype if x0.is_floating_point() else torch.float32
     if not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype must be a float dtype, got {out_dtype}")
     way = Door.REFERENCE if out_dtype == torch.float64 else door(x0, noisy=True)
-    single = alpha.dim() == 1
     if way is Door.KERNEL:
-        op = torch.ops.fastcm.noising if single else torch.ops.fastcm.noising_pair
-        out: Tensor | tuple[Tensor, Tensor] = op(
-            x0, alpha, sigma, key.tensor, stream, first_sample, out_dtype
-        )
-        return out
+        op = torch.ops.fastcm.noising if len(coefficients) == 1 else torch.ops.fastcm.noising_pair
+        flat = (c for pair in coefficients for c in pair)
+        out = op(x0, *flat, key.tensor, stream, first_sample, out_dtype)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
     make = native.noising if way is Door.NATIVE else reference.noising
-    made = make(
+    alphas, sigmas = (torch.stack(c) for c in zip(*coefficients))
+    return make(
         x0,
-        alpha[None] if single else alpha,
-        sigma[None] if single else sigma,
+        alphas,
+        sigmas,
         key,
         stream=stream,
         first_sample=first_sample,
         out_dtype=out_dtype,
     )
-    return made[0] if single else (made[0], made[1])

@@ -1,8 +1,8 @@
 """Operands of the registered operators: closed forms as flat arguments, and what kernels take.
 
-Kernels take contiguous samples and float32 coefficients. Other layouts are permuted without a copy
-where all operands share one dense layout with the batch outermost (channels_last) and no noise is
-made, whose elements are counted in logical order; else they are copied once.
+Kernels take contiguous samples, and coefficients in float32 or float64. Other layouts are permuted
+without a copy where all operands share one dense layout with the batch outermost (channels_last)
+and no noise is made, whose elements are counted in logical order; else they are copied once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from fastcm.rng import NoiseKey
 
 if HAS_KERNELS:
     from fastcm.kernels.noising import State
+
+_READ = (torch.float32, torch.float64)
 
 
 def flat(x: Tensor | Noised) -> tuple[Any, ...]:
@@ -50,12 +52,13 @@ def same_noise(x: Noised, y: Noised) -> bool:
     )
 
 
-def f32(value: Tensor) -> Tensor:
-    return value.to(torch.float32).contiguous()
+def coefficient(value: Tensor) -> Tensor:
+    """In a dtype that kernels and native code read, which round it to float32 themselves."""
+    return (value if value.dtype in _READ else value.float()).contiguous()
 
 
-def coefficient(value: Tensor | None) -> Tensor | None:
-    return None if value is None else f32(value)
+def optional(value: Tensor | None) -> Tensor | None:
+    return None if value is None else coefficient(value)
 
 
 def state(
@@ -67,7 +70,7 @@ def state(
     first_sample: int,
 ) -> State:
     """The flat arguments of a closed form as the kernels take it."""
-    return State(x.contiguous(), coefficient(alpha), coefficient(sigma), key, stream, first_sample)
+    return State(x.contiguous(), optional(alpha), optional(sigma), key, stream, first_sample)
 
 
 def layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int] | None]:

@@ -80,8 +80,8 @@ def noise(
 
 def noising(
     x0: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
+    alpha: Sequence[Tensor] | Tensor,
+    sigma: Sequence[Tensor] | Tensor,
     key: NoiseKey,
     *,
     stream: int,
@@ -118,6 +118,17 @@ def regenerate(x: Tensor | Noised | Denoised, dtype: torch.dtype) -> Tensor:
     )[0]
 
 
+def guided(
+    F: Tensor, F_uncond: Tensor | None, guidance: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """F_u + guidance (F - F_u) in `dtype`; F alone without F_u."""
+    F = F.to(dtype)
+    if F_uncond is None or guidance is None:
+        return F
+    F_u = F_uncond.to(dtype)
+    return F_u + lift(guidance, F) * (F - F_u)
+
+
 def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a x + b F."""
     dtype = compute_dtype(F, x if isinstance(x, Tensor) else x.x0)
@@ -136,10 +147,7 @@ def euler_step(
 ) -> Tensor:
     """scale x - dt (v_u + guidance (v - v_u))."""
     dtype = compute_dtype(v, x if isinstance(x, Tensor) else x.x0)
-    x, v = regenerate(x, dtype), v.to(dtype)
-    if v_uncond is not None and guidance is not None:
-        v_u = v_uncond.to(dtype)
-        v = v_u + lift(guidance, x) * (v - v_u)
+    x, v = regenerate(x, dtype), guided(v, v_uncond, guidance, dtype)
     if scale is not None:
         x = lift(scale, x) * x
     return x - lift(dt, x) * v
@@ -161,9 +169,11 @@ def sampler_update(
     *,
     stream: int,
     first_sample: int = 0,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
-    """alpha (a x + b F) + sigma z."""
-    f = boundary(x, F, a, b)
+    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z."""
+    f = boundary(x, guided(F, F_uncond, guidance, compute_dtype(x, F)), a, b)
     z = noise(
         f.shape,
         key,

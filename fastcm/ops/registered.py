@@ -1,7 +1,7 @@
 """The registered operators ``torch.ops.fastcm.*``: the launches of the Triton kernels.
 
 Arguments are flat tensors and numbers, valid (`fastcm.ops` is the door that checks them), and
-coefficients float32 or float64 ``[B]``. `fastcm.ops.gradients` makes them differentiable, and
+coefficients ``[B]``. `fastcm.ops.gradients` makes them differentiable, and
 `fastcm.ops.decompositions` says what each computes in plain torch.
 """
 
@@ -18,7 +18,7 @@ from torch.library import triton_op, wrap_triton
 
 from fastcm import losses
 from fastcm.ops.dispatch import HAS_KERNELS
-from fastcm.ops.operands import coefficient, f32, layout, restored, state
+from fastcm.ops.operands import coefficient, layout, optional, restored, state
 
 if HAS_KERNELS:
     from fastcm.kernels import affine, launch, noising
@@ -83,7 +83,7 @@ def noising_op(
     out = torch.empty_like(x0, dtype=out_dtype)
     noising.launch_noising(
         x0,
-        torch.stack([alpha, sigma])[None].to(torch.float32),
+        [(coefficient(alpha), coefficient(sigma))],
         key,
         out,
         stream=stream,
@@ -98,17 +98,22 @@ def noising_pair_op(
     x0: Tensor,
     alpha: Tensor,
     sigma: Tensor,
+    alpha2: Tensor,
+    sigma2: Tensor,
     key: Tensor,
     stream: int,
     first_sample: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Two versions with one z; alpha, sigma ``[2, B]``."""
+    """Two versions with one z."""
     x0 = x0.contiguous()
     first, second = (torch.empty_like(x0, dtype=out_dtype) for _ in range(2))
     noising.launch_noising(
         x0,
-        torch.stack([alpha, sigma], dim=1).to(torch.float32),
+        [
+            (coefficient(alpha), coefficient(sigma)),
+            (coefficient(alpha2), coefficient(sigma2)),
+        ],
         key,
         first,
         second,
@@ -137,12 +142,12 @@ def boundary_op(
         F = F.contiguous()
         out = torch.empty_like(F, dtype=torch.float32)
         x_state = state(x, x_alpha, x_sigma, x_key, x_stream, x_first_sample)
-        affine.launch_boundary(x_state, F, f32(a), f32(b), out, kernel=kernel)
+        affine.launch_boundary(x_state, F, coefficient(a), coefficient(b), out, kernel=kernel)
         return out
     (x_, F_), back = layout(x, F)
     assert x_ is not None and F_ is not None
     out = torch.empty_like(F_, dtype=torch.float32)
-    affine.launch_boundary(x_, F_, f32(a), f32(b), out, kernel=kernel)
+    affine.launch_boundary(x_, F_, coefficient(a), coefficient(b), out, kernel=kernel)
     return restored(out, back)
 
 
@@ -152,7 +157,7 @@ def scale_op(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     (g_,), back = layout(g)
     assert g_ is not None
     out = torch.empty_like(g_, dtype=out_dtype)
-    affine.launch_scale(g_, f32(c), out, kernel=wrap_triton(affine.scale_kernel))
+    affine.launch_scale(g_, coefficient(c), out, kernel=wrap_triton(affine.scale_kernel))
     return restored(out, back)
 
 
@@ -180,17 +185,16 @@ def euler_step_op(
     v = v.contiguous()
     out = torch.empty_like(v, dtype=torch.float32)
     second = out.new_empty(0) if input_dtype is None else torch.empty_like(v, dtype=input_dtype)
-    ones = torch.ones_like(dt, dtype=torch.float32) if input_scale is None else input_scale
     affine.launch_euler(
         x_state,
         v,
-        f32(dt),
+        coefficient(dt),
         out,
         v_uncond=None if v_uncond is None else v_uncond.contiguous(),
-        guidance=coefficient(guidance),
-        scale=coefficient(scale),
+        guidance=optional(guidance),
+        scale=optional(scale),
         scaled_out=None if input_dtype is None else second,
-        out_scale=None if input_dtype is None else f32(ones),
+        out_scale=optional(input_scale),
         kernel=wrap_triton(affine.euler_kernel),
     )
     return out, second
@@ -207,21 +211,25 @@ def sampler_update_op(
     key: Tensor,
     stream: int,
     first_sample: int,
+    F_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
-    """alpha (a x + b F) + sigma z."""
+    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z; F_u None: F alone."""
     x, F = x.contiguous(), F.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)
     affine.launch_sampler_update(
         x,
         F,
-        f32(a),
-        f32(b),
-        f32(alpha),
-        f32(sigma),
+        coefficient(a),
+        coefficient(b),
+        coefficient(alpha),
+        coefficient(sigma),
         key,
         out,
         stream=stream,
         first_sample=first_sample,
+        F_uncond=None if F_uncond is None else F_uncond.contiguous(),
+        guidance=optional(guidance),
         kernel=wrap_triton(affine.sampler_update_kernel),
     )
     return out
@@ -269,13 +277,13 @@ def consistency_loss_op(
     loss_kernels.launch_consistency_loss(
         F,
         x_state,
-        f32(a),
-        f32(b),
+        coefficient(a),
+        coefficient(b),
         y_state,
         None if target_F is None else target_F.contiguous(),
-        coefficient(target_a),
-        coefficient(target_b),
-        coefficient(weight),
+        optional(target_a),
+        optional(target_b),
+        optional(weight),
         values,
         gradient,
         metric=metric,

@@ -54,6 +54,14 @@ def check_coefficient(name: str, value: object, x: Tensor) -> None:
     )
 
 
+def check_guidance(name: str, uncond: object, guidance: object, x: Tensor) -> None:
+    if (uncond is None) != (guidance is None):
+        raise ValueError(f"{name} and guidance go together: give both or none")
+    if uncond is not None:
+        check_like(name, uncond, x, "x")
+        check_coefficient("guidance", guidance, x)
+
+
 def check_noise(key: object, stream: int, first_sample: int, device: torch.device) -> None:
     if not isinstance(key, NoiseKey):
         raise TypeError(f"key must be a NoiseKey, got {describe(key)}")

@@ -100,9 +100,18 @@ def multistep(
         alpha, sigma = rows(x, to.alpha), rows(x, math.sqrt(to.sigma**2 - end.sigma**2))
         stream = rng.SAMPLE + j + 1
         if constraint is None:
-            F, a, b = out.combined(), rows(x, at.a), rows(x, at.b)
             x = ops.sampler_update(
-                x, F, a, b, alpha, sigma, key, stream=stream, first_sample=first_sample
+                x,
+                out.F,
+                rows(x, at.a),
+                rows(x, at.b),
+                alpha,
+                sigma,
+                key,
+                stream=stream,
+                first_sample=first_sample,
+                F_uncond=out.F_uncond,
+                guidance=None if out.F_uncond is None else rows(x, out.weight),
             )
         else:
             x0 = _constrained(constraint, out.map(x, at.a, at.b))

@@ -112,25 +112,50 @@ def test_a_plain_euler_step_agrees_with_the_reference(form, device):
     tolerances.assert_close(out, exact, plain, slack)
 
 
+def test_the_network_input_of_an_euler_step_is_its_result_where_it_has_no_factor(device):
+    x, v = torch.randn(2, 3, 1000, device=device)
+    out, scaled = torch.empty(2, 3, 1000, device=device)
+    launch_euler(x, v, *coefficients(1, 3, device), out, scaled_out=scaled)
+    assert torch.equal(scaled, out)
+
+
+@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("B", "D"), SHAPES)
-def test_a_sampler_update_agrees_with_the_reference(B, D, dtype, device):
+def test_a_sampler_update_agrees_with_the_reference(B, D, dtype, guided, device):
     key = rng.NoiseKey(9, 2**34, device=device)
     x = torch.randn(B, D, device=device)
-    F = torch.randn(B, D, device=device).to(dtype)
-    a, b, alpha, sigma = coefficients(4, B, device)
+    F, F_uncond = torch.randn(2 * B, D, device=device).to(dtype).chunk(2)
+    a, b, alpha, sigma, guidance = coefficients(5, B, device)
     out = torch.empty_like(x)
-    launch_sampler_update(
-        x, F, a, b, alpha, sigma, key.tensor, out, stream=rng.SAMPLE + 2, first_sample=4
-    )
-    exact, plain = (
-        reference.sampler_update(
-            x, f, a, b, alpha, sigma, key, stream=rng.SAMPLE + 2, first_sample=4
-        )
-        for f in (F.double(), F)
-    )
+    where = {"stream": rng.SAMPLE + 2, "first_sample": 4}
+    more = {"F_uncond": F_uncond, "guidance": guidance} if guided else {}
+    launch_sampler_update(x, F, a, b, alpha, sigma, key.tensor, out, **where, **more)
+    plain = reference.sampler_update(x, F, a, b, alpha, sigma, key, **where, **more)
+    F, more = F.double(), {name: value.double() for name, value in more.items()}
+    exact = reference.sampler_update(x, F, a, b, alpha, sigma, key, **where, **more)
     slack = tolerances.noise_slack(x.shape, key, rng.SAMPLE + 2, 4) * 1.5
     tolerances.assert_close(out, exact, plain, slack)
+
+
+def test_float64_coefficients_are_rounded_as_they_are_read(device):
+    x, F, u = torch.randn(3, 5, 100, device=device)
+    wide = [c.double() / 3 for c in coefficients(5, 5, device)]
+    outs = []
+    for a, b, alpha, sigma, guidance in (wide, [c.float() for c in wide]):
+        key, stream = rng.NoiseKey(9, device=device).tensor, rng.SAMPLE
+        made = torch.empty(5, *x.shape, device=device)
+        launch_boundary(State(x, alpha, sigma, key), F, a, b, made[0])
+        launch_scale(x, a, made[1])
+        launch_euler(
+            x, F, a, made[2], v_uncond=u, guidance=guidance, scale=b,
+            scaled_out=made[3], out_scale=alpha,
+        )  # fmt: skip
+        launch_sampler_update(
+            x, F, a, b, alpha, sigma, key, made[4], stream=stream, F_uncond=u, guidance=guidance
+        )
+        outs.append(made)
+    assert torch.equal(*outs)
 
 
 def test_images_and_videos_are_samples_too(device):

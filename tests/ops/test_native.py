@@ -137,12 +137,13 @@ def test_sampler_update_and_scale(shape: tuple[int, ...]) -> None:
     a, b, c, d = rows(shape[0], 4)
     for x_dtype, dtype in itertools.product(FLOATS, FLOATS):
         x, F = data(shape, x_dtype), data(shape, dtype)
-        found = ops.sampler_update(x, F, a, b, c, d, KEY, stream=9, first_sample=2)
-        truth, plain = (
-            reference.sampler_update(u, v, a, b, c, d, KEY, stream=9, first_sample=2)
-            for u, v in ((x.double(), F.double()), (x, F))
-        )
-        assert_close(found, truth, plain, slack=2 * NORMAL)
+        for more in ({}, {"F_uncond": data(shape, dtype), "guidance": 3 * a}):
+            more = {"stream": 9, "first_sample": 2, **more}
+            found = ops.sampler_update(x, F, a, b, c, d, KEY, **more)
+            plain = reference.sampler_update(x, F, a, b, c, d, KEY, **more)
+            more = {k: v.double() if isinstance(v, Tensor) else v for k, v in more.items()}
+            truth = reference.sampler_update(x.double(), F.double(), a, b, c, d, KEY, **more)
+            assert_close(found, truth, plain, slack=2 * NORMAL)
         truth, plain = reference.scaled(x.double(), c, torch.float64), reference.scaled(x, c, dtype)
         assert_close(native.scale(x, c.float(), dtype), truth, plain)
 

@@ -187,6 +187,8 @@ BAD = [
     (ops.noising, "alpha", torch.zeros(2, B), ValueError),
     (ops.euler_step, "v_uncond", x, ValueError),
     (ops.euler_step, "guidance", v, ValueError),
+    (ops.sampler_update, "F_uncond", x, ValueError),
+    (ops.sampler_update, "guidance", v, ValueError),
     (ops.boundary, "x", Noised(torch.zeros(B), v, v, key), ValueError),
     (ops.boundary, "x", Noised(x, torch.zeros(B + 1), v, key), ValueError),
     (ops.boundary, "x", Noised(x, v, v, key, stream=300), ValueError),
