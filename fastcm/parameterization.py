@@ -28,6 +28,17 @@ class Coefficients(NamedTuple):
     d: Tensor
 
 
+class Moment(NamedTuple):
+    """All that a step wants to know of times: float64 ``[B]`` each, but c_noise float32."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    coefficients: Coefficients
+    c_in: Tensor | None
+    c_noise: Tensor
+
+
 @dataclass(frozen=True)
 class Parameterization:
     """A path and what the network predicts on it.
@@ -86,7 +97,9 @@ class Parameterization:
         The velocity is singular where sigma or alpha is 0, except of "v" on `Linear`,
         `VarianceExploding` and `TrigFlow`.
         """
-        at = self.path.at(t)
+        return self._coefficients(t, self.path.at(t))
+
+    def _coefficients(self, t: Tensor, at: Point) -> Coefficients:
         # in the dtype of t: a float32 t_min is not the float64 one
         start = t <= torch.full((), self.path.t_min, dtype=t.dtype, device=t.device)
         if self.prediction in ("edm", "cm"):
@@ -120,6 +133,12 @@ class Parameterization:
     def c_noise(self, t: Tensor) -> Tensor:
         """The network's time argument, float32 ``[B]``."""
         return self.path.c_noise(t.double()).float()
+
+    def moment(self, t: Tensor) -> Moment:
+        """The path at times ``t`` ``[B]`` and everything above."""
+        at = self.path.at(t)
+        coefficients = self._coefficients(t, at)
+        return Moment(t, at.alpha, at.sigma, coefficients, self.c_in(t), self.c_noise(t))
 
     def _preconditioning(self, at: Point) -> tuple[Tensor, Tensor]:
         path = cast(VarianceExploding, self.path)

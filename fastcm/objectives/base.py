@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +17,19 @@ from fastcm.networks.protocol import Network
 from fastcm.ops import Denoised, Noised
 from fastcm.ops.dispatch import Door, door
 from fastcm.ops.functions import consistency_loss_and_gradient
+from fastcm.ops.normals import noising_versions
 from fastcm.ops.reference import lift
-from fastcm.parameterization import Parameterization
+from fastcm.parameterization import Moment, Parameterization
 from fastcm.precision import Autocast
 from fastcm.rng import NoiseKey
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _fuser() -> Callable[..., Any]:
+    """make(*arguments), compiled for each `make` and kind of arguments."""
+    return torch.compile(lambda make, *arguments: make(*arguments), dynamic=False)
 
 
 class Loss(NamedTuple):
@@ -122,6 +132,7 @@ class Batch:
         first_sample: index of row 0 in the global batch (accumulation, data parallelism).
         input_dtype: dtype of the network's x; a network in float64 needs that here, too.
         z: the noise ``[B, ...]`` that each row of x0 was made from; None draws it by the key.
+        fuse: whether `fused` compiles, which takes seconds and pays over thousands of steps.
     """
 
     x0: Tensor
@@ -130,6 +141,17 @@ class Batch:
     first_sample: int = 0
     input_dtype: torch.dtype = torch.float32
     z: Tensor | None = None
+    fuse: bool = False
+
+    def fused(self, make: Callable[..., T], *arguments: Any) -> T:
+        """make(batch, *arguments): the times of the rows and what follows from them alone.
+
+        On a GPU that is a hundred launches for a few numbers a row, which `fuse` makes a few.
+        """
+        if not self.fuse or torch.compiler.is_compiling():
+            return make(self, *arguments)
+        made: T = _fuser()(make, self, *arguments)
+        return made
 
     def uniform(self, stream: int) -> Tensor:
         """One uniform number per sample in (0, 1), float64 ``[B]``."""
@@ -151,23 +173,25 @@ class Batch:
             return tuple(self.affine(alpha, sigma) for alpha, sigma in coefficients)
         return self._noising(coefficients, self._dtype)
 
-    def states(self, p: Parameterization, *times: Tensor) -> tuple[Tensor | Noised, ...]:
+    def states(self, p: Parameterization, *times: Tensor | Moment) -> tuple[Tensor | Noised, ...]:
         """x_t for one or two times that share z; see `versions`."""
-        return self.versions(*(p.path.at(t)[:2] for t in times))
+        at = (t if isinstance(t, Moment) else p.path.at(t) for t in times)
+        return self.versions(*((here.alpha, here.sigma) for here in at))
 
     def network_inputs(
-        self, p: Parameterization, *states: tuple[Tensor, Tensor | Noised]
+        self, p: Parameterization, *states: tuple[Tensor | Moment, Tensor | Noised]
     ) -> tuple[Tensor, ...]:
         """c_in x_t in the dtype of the network's input, for one or two (t, x_t)."""
-        closed = []
+        closed, stored = [], []
         for t, x in states:
-            c_in = p.c_in(t)
-            if isinstance(x, Noised):
-                scale = torch.ones_like(x.alpha) if c_in is None else c_in
-                closed.append((scale * x.alpha, scale * x.sigma))
-        if closed:
-            return self._noising(closed, self.input_dtype)
-        return tuple(self._scaled(p.c_in(t), x) for t, x in states if isinstance(x, Tensor))
+            c_in = t.c_in if isinstance(t, Moment) else p.c_in(t)
+            if isinstance(x, Tensor):
+                stored.append(self._scaled(c_in, x))
+            elif c_in is None:
+                closed.append((x.alpha, x.sigma))
+            else:
+                closed.append((c_in * x.alpha, c_in * x.sigma))
+        return self._noising(closed, self.input_dtype) if closed else tuple(stored)
 
     def stored(self, *coefficients: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """alpha x0 + sigma z for one or two (alpha, sigma), in float32, or float64 as x0 is."""
@@ -186,17 +210,9 @@ class Batch:
     ) -> tuple[Tensor, ...]:
         if self.z is not None:
             return tuple(ops.boundary(self.x0, self.z, a, s).to(dtype) for a, s in coefficients)
-        alpha, sigma = (torch.stack(list(c)) for c in zip(*coefficients))
-        pair = len(coefficients) > 1
-        out = ops.noising(
-            self.x0,
-            alpha if pair else alpha[0],
-            sigma if pair else sigma[0],
-            self.key,
-            first_sample=self.first_sample,
-            out_dtype=dtype,
+        return noising_versions(
+            self.x0, coefficients, self.key, first_sample=self.first_sample, out_dtype=dtype
         )
-        return out if isinstance(out, tuple) else (out,)
 
     def network(self, net: Network) -> Network:
         """A network of the objective's own, such as a teacher, in the precision of this step."""

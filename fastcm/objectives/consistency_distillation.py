@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fastcm.networks.protocol import Network, append_weight, check_output, uncon
 from fastcm.objectives.base import Batch, Loss, learned, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
-from fastcm.parameterization import Parameterization, Rescaled
+from fastcm.parameterization import Moment, Parameterization, Rescaled
 from fastcm.paths import VarianceExploding
 from fastcm.schedules import (
     CMCurriculum,
@@ -26,6 +26,19 @@ from fastcm.schedules import (
     draw_interval,
     intervals,
 )
+
+
+class _Drawn(NamedTuple):
+    """The two times of the rows, and what follows from them."""
+
+    t: Moment
+    s: Moment
+    step: tuple[Tensor, Tensor]
+    """Of the teacher: factors of x_t and -F, from t to s."""
+    second: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """Heun's: factors of x_s and F, a half and minus one."""
+    guidance: Tensor | None
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,31 +116,50 @@ class ConsistencyDistillation:
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
         p = self.parameterization
-        n = intervals(self.discretization, batch.key.step)
-        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times, self.skip)
-        (x_t,) = batch.states(p, t)
-        (input_t,) = batch.network_inputs(p, (t, x_t))
-        at_t, at_s = p.coefficients(t), p.coefficients(s)
-        w, cond = self._weight(batch), batch.cond
+        drawn = batch.fused(self._drawn)
+        at_t, at_s, w, cond = drawn.t, drawn.s, drawn.guidance, batch.cond
+        (x_t,) = batch.states(p, at_t)
+        (input_t,) = batch.network_inputs(p, (at_t, x_t))
         if isinstance(self.guidance, tuple) and w is not None:
             cond = append_weight(cond, w)
         with torch.no_grad():
-            x_s, input_s = self._teacher_step(batch, t, s, x_t, input_t, w)
-            F_s = target_output(net, target_net, input_s, p.c_noise(s), cond)
-        F_t = check_output("net", net(input_t, p.c_noise(t), cond), input_t)
+            x_s, input_s = self._teacher_step(batch, drawn, x_t, input_t)
+            F_s = target_output(net, target_net, input_s, at_s.c_noise, cond)
+        F_t = check_output("net", net(input_t, at_t.c_noise, cond), input_t)
+        a, b, _, _ = at_t.coefficients
+        target_a, target_b, _, _ = at_s.coefficients
         return Loss.of(
             F_t,
             x_t,
-            at_t.a,
-            at_t.b,
-            Denoised(x_s, F_s, at_s.a, at_s.b),
+            a,
+            b,
+            Denoised(x_s, F_s, target_a, target_b),
             metric=self.metric,
-            weight=self.weight(t, s, p.path),
-            log_variance=learned(self.weight, net, p, t),
+            weight=drawn.weight,
+            log_variance=learned(self.weight, net, p, at_t.t),
         )
 
-    def _weight(self, batch: Batch) -> Tensor | None:
-        """Of guidance, float64 ``[B]``."""
+    def _drawn(self, batch: Batch) -> _Drawn:
+        p, q = self.parameterization, self.teacher_parameterization
+        assert q is not None
+        n = intervals(self.discretization, batch.key.step)
+        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times, self.skip)
+        at_t, at_s, of_t, dt = p.moment(t), p.moment(s), q.coefficients(t), t - s
+        if self.solver == "ddim":
+            keep = at_s.sigma / at_t.sigma
+            gain = at_s.alpha - keep * at_t.alpha  # of the denoiser
+            step = keep + gain * of_t.a, -gain * of_t.b
+        else:
+            step = 1.0 - dt * of_t.c, dt * of_t.d
+        second = None
+        if self.solver == "heun":
+            of_s, half = q.coefficients(s), torch.full_like(t, 0.5)
+            second = 0.5 * (1.0 - dt * of_s.c), -0.5 * dt * of_s.d, half, -2.0 * half
+        weight = self.weight(t, s, p.path)
+        return _Drawn(at_t, at_s, step, second, self._guidance(batch), weight)
+
+    def _guidance(self, batch: Batch) -> Tensor | None:
+        """The weight of each row, float64 ``[B]``."""
         if self.guidance is None:
             return None
         if isinstance(self.guidance, tuple):
@@ -138,43 +170,27 @@ class ConsistencyDistillation:
         )
 
     def _teacher_step(
-        self,
-        batch: Batch,
-        t: Tensor,
-        s: Tensor,
-        x_t: Tensor | Noised,
-        input_t: Tensor,
-        weight: Tensor | None,
+        self, batch: Batch, drawn: _Drawn, x_t: Tensor | Noised, input_t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """xhat_s, float32 or float64 like x_t, and the target network's input.
 
-        c_in belongs to the path, so the student's input serves the teacher.
+        c_in and c_noise belong to the path, so the student's serve the teacher.
         """
-        p, q = self.parameterization, self.teacher_parameterization
-        assert q is not None
-        at, dt = q.coefficients(t), t - s
-        to_input: dict[str, Any] = {"input_scale": p.c_in(s), "input_dtype": batch.input_dtype}
-        if self.solver == "ddim":
-            (alpha, sigma, _, _), (alpha_s, sigma_s, _, _) = p.path.at(t), p.path.at(s)
-            keep = sigma_s / sigma
-            gain = alpha_s - keep * alpha  # of the denoiser
-            scale, factor = keep + gain * at.a, -gain * at.b
-        else:
-            scale, factor = 1.0 - dt * at.c, dt * at.d
-        F, F_uncond = self._evaluated(batch, q.c_noise(t), input_t)
+        w, (scale, factor) = drawn.guidance, drawn.step
+        to_input: dict[str, Any] = {"input_scale": drawn.s.c_in, "input_dtype": batch.input_dtype}
+        F, F_uncond = self._evaluated(batch, drawn.t.c_noise, input_t)
         x_s, input_s = ops.euler_step(
-            x_t, F, factor, v_uncond=F_uncond, guidance=weight, scale=scale, **to_input
+            x_t, F, factor, v_uncond=F_uncond, guidance=w, scale=scale, **to_input
         )
-        if self.solver != "heun":
+        if drawn.second is None:
             return x_s, input_s
-        F, F_uncond = self._evaluated(batch, q.c_noise(s), input_s)
-        if F_uncond is not None and weight is not None:
-            F = ops.boundary(F, F_uncond, weight, 1.0 - weight)
+        F, F_uncond = self._evaluated(batch, drawn.s.c_noise, input_s)
+        if F_uncond is not None and w is not None:
+            F = ops.boundary(F, F_uncond, w, 1.0 - w)
         # x_t - dt (v_t + v_s) / 2 = (x_t + x_s - dt v_s) / 2 with Euler's x_s
-        at = q.coefficients(s)
-        y = ops.boundary(x_s, F, 0.5 * (1.0 - dt * at.c), -0.5 * dt * at.d)
-        one = torch.ones_like(t)
-        x_s, input_s = ops.euler_step(x_t, y, -one, scale=0.5 * one, **to_input)
+        a, b, half, minus_one = drawn.second
+        y = ops.boundary(x_s, F, a, b)
+        x_s, input_s = ops.euler_step(x_t, y, minus_one, scale=half, **to_input)
         return x_s, input_s
 
     def _evaluated(self, batch: Batch, c_noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, learned, target_output
 from fastcm.ops import Denoised
-from fastcm.parameterization import Parameterization
+from fastcm.parameterization import Moment, Parameterization
 from fastcm.paths import Path, VarianceExploding
 from fastcm.schedules import (
     Curriculum,
@@ -96,39 +96,53 @@ class ConsistencyTraining:
 
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
-        p = self.parameterization
-        n = intervals(self.discretization, batch.key.step)
-        t, s = draw_interval(batch.uniform(rng.TIME), n, self.grid, p.path, self.times)
-        return pair_loss(net, batch, target_net, p, t, s, metric=self.metric, weight=self.weight)
+        return pair_loss(self, net, batch, target_net)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, s) of every row, float64 ``[B]``."""
+        n, path = intervals(self.discretization, batch.key.step), self.parameterization.path
+        return draw_interval(batch.uniform(rng.TIME), n, self.grid, path, self.times)
+
+
+class OfPairs(Protocol):
+    """A method that compares the states at two times t > s, which it draws."""
+
+    @property
+    def parameterization(self) -> Parameterization: ...
+    @property
+    def metric(self) -> Metric: ...
+    @property
+    def weight(self) -> Weight: ...
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
+
+
+def _drawn(batch: Batch, method: OfPairs) -> tuple[Moment, Moment, Tensor]:
+    p = method.parameterization
+    t, s = method.draw(batch)
+    return p.moment(t), p.moment(s), method.weight(t, s, p.path)
 
 
 def pair_loss(
-    net: Network,
-    batch: Batch,
-    target_net: Network | None,
-    p: Parameterization,
-    t: Tensor,
-    s: Tensor,
-    *,
-    metric: Metric,
-    weight: Weight,
+    method: OfPairs, net: Network, batch: Batch, target_net: Network | None = None
 ) -> Loss:
-    """f(x_t, t) against the target's f(x_s, s), both states of one noise z; t > s, ``[B]``."""
-    x_t, x_s = batch.states(p, t, s)
-    input_t, input_s = batch.network_inputs(p, (t, x_t), (s, x_s))
-    at_t, at_s = p.coefficients(t), p.coefficients(s)
-    F_s = target_output(net, target_net, input_s, p.c_noise(s), batch.cond)
-    F_t = check_output("net", net(input_t, p.c_noise(t), batch.cond), input_t)
-    target = Denoised(x_s, F_s, at_s.a, at_s.b)
+    """f(x_t, t) against the target's f(x_s, s), both states of one noise z."""
+    p = method.parameterization
+    at_t, at_s, weight = batch.fused(_drawn, method)
+    x_t, x_s = batch.states(p, at_t, at_s)
+    input_t, input_s = batch.network_inputs(p, (at_t, x_t), (at_s, x_s))
+    F_s = target_output(net, target_net, input_s, at_s.c_noise, batch.cond)
+    F_t = check_output("net", net(input_t, at_t.c_noise, batch.cond), input_t)
+    a, b, _, _ = at_t.coefficients
+    target_a, target_b, _, _ = at_s.coefficients
     return Loss.of(
         F_t,
         x_t,
-        at_t.a,
-        at_t.b,
-        target,
-        metric=metric,
-        weight=weight(t, s, p.path),
-        log_variance=learned(weight, net, p, t),
+        a,
+        b,
+        Denoised(x_s, F_s, target_a, target_b),
+        metric=method.metric,
+        weight=weight,
+        log_variance=learned(method.weight, net, p, at_t.t),
     )
 
 

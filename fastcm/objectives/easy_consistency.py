@@ -89,8 +89,11 @@ class EasyConsistency:
 
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
-        p = self.parameterization
+        return pair_loss(self, net, batch, target_net)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, r) of every row, float64 ``[B]``."""
+        path = self.parameterization.path
         level = self.levels(batch.uniform(rng.TIME), *self._range)
         below = self.second_level(level, batch.key.step)
-        t, r = p.path.time_at_angle(level.atan()), p.path.time_at_angle(below.atan())
-        return pair_loss(net, batch, target_net, p, t, r, metric=self.metric, weight=self.weight)
+        return path.time_at_angle(level.atan()), path.time_at_angle(below.atan())

@@ -11,8 +11,10 @@ from fastcm import rng
 from fastcm.losses import Metric, SquaredL2, Weight, uniform
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, learned
-from fastcm.parameterization import Parameterization
+from fastcm.parameterization import Moment, Parameterization
 from fastcm.schedules import LogitNormal, TimeSampler
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,26 @@ class FlowMatching:
         p = self.parameterization
         if self.null_condition is not None and self.condition_dropout > 0:
             batch = batch.without_condition(self.null_condition, self.condition_dropout)
-        t = self.times(batch.uniform(rng.TIME), p.path.t_min, p.path.t_max)
-        x_t, target = batch.versions(p.path.at(t)[:2], p.target(t))
-        (x,) = batch.network_inputs(p, (t, x_t))
-        F = check_output("net", net(x, p.c_noise(t), batch.cond), x)
-        one, zero = torch.ones_like(t), torch.zeros_like(t)
-        # the error of F itself: a = 0, b = 1
+        at, (a, b), target_at, weight = batch.fused(self._drawn)
+        x_t, target = batch.versions((at.alpha, at.sigma), target_at)
+        (x,) = batch.network_inputs(p, (at, x_t))
+        F = check_output("net", net(x, at.c_noise, batch.cond), x)
         return Loss.of(
             F,
             x_t,
-            zero,
-            one,
+            a,
+            b,
             target,
             metric=self.metric,
-            weight=self.weight(t, torch.full_like(t, p.path.t_min), p.path),
-            log_variance=learned(self.weight, net, p, t),
+            weight=weight,
+            log_variance=learned(self.weight, net, p, at.t),
         )
+
+    def _drawn(self, batch: Batch) -> tuple[Moment, Pair, Pair, Tensor]:
+        """The time, what makes a x_t + b F and the target, and the weight."""
+        p = self.parameterization
+        t = self.times(batch.uniform(rng.TIME), p.path.t_min, p.path.t_max)
+        # the error of F itself: a = 0, b = 1
+        error = torch.zeros_like(t), torch.ones_like(t)
+        weight = self.weight(t, torch.full_like(t, p.path.t_min), p.path)
+        return p.moment(t), error, p.target(t), weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastcm.ema import LastPhase
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
@@ -57,8 +58,11 @@ class Stepwise:
 
     def loss(self, net: Network, batch: Batch, target_net: Network | None = None) -> Loss:
         """The loss of one batch; see `Objective`."""
-        p, n = self.parameterization, self.phases
+        return pair_loss(self, net, batch, target_net)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t_k, t_{k-1}) of the phase, float64 ``[B]``."""
+        n, path = self.phases, self.parameterization.path
         finished = torch.div(batch.key.step, self.steps_per_phase, rounding_mode="floor")
         k = (finished.clamp_max(n - 1) + 1).expand(len(batch.x0))
-        t, s = self.grid.time(k, n, p.path), self.grid.time(k - 1, n, p.path)
-        return pair_loss(net, batch, target_net, p, t, s, metric=self.metric, weight=self.weight)
+        return self.grid.time(k, n, path), self.grid.time(k - 1, n, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -121,13 +121,13 @@ def noising(
         )
     single = alpha.dim() == 1
     coefficients = [(alpha, sigma)] if single else list(zip(alpha.unbind(), sigma.unbind()))
-    made = versions(
+    made = noising_versions(
         x0, coefficients, key, stream=stream, first_sample=first_sample, out_dtype=out_dtype
     )
     return made[0] if single else (made[0], made[1])
 
 
-def versions(
+def noising_versions(
     x0: Tensor,
     coefficients: Sequence[tuple[Tensor, Tensor]],
     key: NoiseKey,
@@ -135,7 +135,7 @@ def versions(
     stream: int = rng.NOISE,
     first_sample: int = 0,
     out_dtype: torch.dtype | None = None,
-) -> Sequence[Tensor]:
+) -> tuple[Tensor, ...]:
     """`noising` by one or two (alpha, sigma), ``[B]`` each."""
     validation.check_samples("x0", x0, allow_uint8=True)
     for alpha, sigma in coefficients:
@@ -152,9 +152,10 @@ def versions(
         flat = (c for pair in coefficients for c in pair)
         out = op(x0, *flat, key.tensor, stream, first_sample, out_dtype)
         return (out,) if isinstance(out, Tensor) else tuple(out)
+    make: Callable[..., Sequence[Tensor]]
     make = native.noising if way is Door.NATIVE else reference.noising
     alphas, sigmas = (torch.stack(c) for c in zip(*coefficients))
-    return make(
+    made = make(
         x0,
         alphas,
         sigmas,
@@ -163,3 +164,4 @@ def versions(
         first_sample=first_sample,
         out_dtype=out_dtype,
     )
+    return tuple(made)

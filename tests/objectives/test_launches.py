@@ -7,16 +7,21 @@ two of the first and reads two F; distillation has the teacher's step between th
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcm import FlowMatching, losses
-from fastcm.objectives import Batch, ConsistencyDistillation, ConsistencyTraining
+from fastcm import EasyConsistency, FlowMatching, Parameterization, Stepwise, losses
+from fastcm.objectives import Batch, ConsistencyDistillation, ConsistencyTraining, base
 from fastcm.ops import registered
+from fastcm.paths import TrigFlow, VariancePreserving
 from fastcm.rng import NoiseKey
+from fastcm.training import gradients
 
 B, SHAPE = 4, (3, 8, 8)
 ELEMENTS = B * 3 * 8 * 8
@@ -96,3 +101,72 @@ def test_a_step_moves_no_byte_too_many(
     Counted.moved.pop("uniform_kernel")
     # coefficients, of which there are a few for each sample, are rounded away
     assert {name: round(size) for name, size in Counted.moved.items()} == budget
+
+
+METHODS: dict[str, Any] = {
+    "flow": FlowMatching(),
+    "flow, eps": FlowMatching(Parameterization(VariancePreserving(), "eps")),
+    "ct": ConsistencyTraining(),
+    "ict": ConsistencyTraining.improved(8, s0=2, s1=16),
+    "ect": EasyConsistency(double_every=2),
+    "stepwise": Stepwise(2, phases=3),
+    "cd": ConsistencyDistillation(Net(), guidance=2.0, null_condition=3),
+    "cd, ddim": ConsistencyDistillation(
+        Net(), guidance=(1.0, 3.0), null_condition=3, solver="ddim", skip=2
+    ),
+    "cd, heun": ConsistencyDistillation(Net(), Parameterization(TrigFlow()), solver="heun"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_times_and_coefficients_are_one_graph_for_all_steps(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()  # it keeps a few compilations of one function, for a few methods
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def fuser() -> Any:
+        return torch.compile(lambda make, *rest: make(*rest), backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(base, "_fuser", functools.cache(fuser))
+    for step in range(4):
+        batch = Batch(torch.randn(B, *SHAPE), NoiseKey(1, step), torch.arange(B) % 3)
+        expected = METHODS[method].loss(Net(), batch, Net()).per_sample
+        found = METHODS[method].loss(Net(), replace(batch, fuse=True), Net()).per_sample
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("compile", "remaining", "fused"),
+    [
+        ("auto", 10_000, True),
+        ("regional", 10_000, True),
+        ("auto", 100, False),
+        (False, 10_000, False),
+    ],
+)
+def test_times_and_coefficients_are_compiled_where_that_pays(
+    compile: Any, remaining: int, fused: bool, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def fuser() -> Any:
+        return lambda make, *rest: calls.append(make) or make(*rest)
+
+    monkeypatch.setattr(base, "_fuser", fuser)
+    monkeypatch.setattr(gradients, "door", base.door)
+    monkeypatch.setattr(gradients, "_WORTH_COMPILING_S", math.inf)
+    g = gradients.Gradients(Net(), ConsistencyTraining(), Net(), compile=compile)
+    g(torch.randn(B, *SHAPE), None, NoiseKey(0), remaining=remaining)
+    assert bool(calls) is fused
+
+
+def test_nothing_is_compiled_beside_what_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_fuser", lambda: pytest.fail("compiled"))
+    g = gradients.Gradients(Net(), ConsistencyTraining(), Net(), compile="regional")
+    g(torch.randn(B, *SHAPE), None, NoiseKey(0), remaining=10**6)
