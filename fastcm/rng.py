@@ -169,6 +169,12 @@ def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) ->
     return (word.double() + 0.5) * 2.0**-32
 
 
+def integers(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) -> Tensor:
+    """One number per sample in [0, 2^63), int64 ``[count]``: their order is a permutation."""
+    word = words(count, key, stream=stream, first_sample=first_sample)
+    return (word[:, 0] << 31) ^ word[:, 1]
+
+
 def uniforms(
     samples: int, quads: int, state: Tensor, stream: int, first_sample: int = 0
 ) -> tuple[Tensor, Tensor]:

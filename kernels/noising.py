@@ -259,8 +259,11 @@ def launch_noise(
 def uniform_kernel(key_ptr, out_ptr, noise_stream, first_sample, B, BLOCK: tl.constexpr):
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c1, c2, c3, k0, k1 = load_counter(key_ptr, noise_stream, first_sample, sample)
-    word, _, _, _ = philox((sample * 0).to(tl.uint32), c1, c2, c3, k0, k1)
-    value = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    word, second, _, _ = philox((sample * 0).to(tl.uint32), c1, c2, c3, k0, k1)
+    if out_ptr.dtype.element_ty == tl.int64:
+        value = (word.to(tl.int64) << 31) ^ second.to(tl.int64)
+    else:
+        value = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     tl.store(out_ptr + sample, value, mask=sample < B)
 
 
@@ -272,9 +275,10 @@ def launch_uniform(
     first_sample: int = 0,
     kernel: Kernel = uniform_kernel,
 ) -> None:
-    """One uniform number of each sample into `out`, float64 ``[B]``: `fastcm.rng.uniform`."""
+    """One number of each sample into `out` ``[B]``: of `fastcm.rng.uniform` in float64, of
+    `fastcm.rng.integers` in int64."""
     launch.check_key(key)
-    assert out.dtype == torch.float64 and out.dim() == 1 and out.is_contiguous()
+    assert out.dtype in (torch.float64, torch.int64) and out.dim() == 1 and out.is_contiguous()
     B, BLOCK = out.shape[0], 128
     if B == 0:
         return

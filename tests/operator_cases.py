@@ -49,6 +49,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, Sample]]:
     return {
         "noise": (F.noise, ((3, 2, 6), KEY.tensor, 4, 1, dtype)),
         "uniform": (F.uniform, (5, KEY.tensor, 1, 2)),
+        "integers": (F.integers, (5, KEY.tensor, 1, 2)),
         "noising": (F.noising, (x, a, b, KEY.tensor, 0, 1, dtype)),
         "noising, uint8": (F.noising, (uint8, a, b, KEY.tensor, 0, 1, torch.bfloat16)),
         "noising_pair": (F.noising_pair, (x, a, c, b, d, KEY.tensor, 0, 0, dtype)),

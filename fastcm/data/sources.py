@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm import rng
+from fastcm import ops, rng
 from fastcm.data.datasets import Dataset as Dataset
 from fastcm.data.datasets import array_file as array_file
 from fastcm.data.datasets import as_condition, as_samples
@@ -65,8 +65,8 @@ class DeviceData:
     def permutation(self, epoch: int) -> Tensor:
         """The order of the rows in an epoch: int64 ``[N]``."""
         self._key.step.fill_(epoch)  # no host synchronisation, unlike a new key
-        words = rng.words(len(self), self._key, stream=rng.DATA)
-        return torch.argsort((words[:, 0] << 31) ^ words[:, 1], stable=True)
+        numbers = ops.integers(len(self), self._key, stream=rng.DATA)
+        return torch.argsort(numbers, stable=True)
 
     def prepare(self, position: int, count: int) -> None:
         """Have the permutations at hand that `gather` needs at this position; on the device."""

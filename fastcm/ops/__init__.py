@@ -9,6 +9,7 @@ from fastcm.ops.functions import boundary as boundary
 from fastcm.ops.functions import consistency_loss as consistency_loss
 from fastcm.ops.functions import euler_step as euler_step
 from fastcm.ops.functions import sampler_update as sampler_update
+from fastcm.ops.normals import integers as integers
 from fastcm.ops.normals import noise as noise
 from fastcm.ops.normals import noising as noising
 from fastcm.ops.normals import uniform as uniform

@@ -29,6 +29,10 @@ def _uniform(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
     return rng.uniform(count, NoiseKey.wrap(key), stream=stream, first_sample=first_sample)
 
 
+def _integers(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
+    return rng.integers(count, NoiseKey.wrap(key), stream=stream, first_sample=first_sample)
+
+
 def _noising(
     x0: Tensor,
     alpha: Tensor,
@@ -145,6 +149,7 @@ _fastcm = torch.ops.fastcm
 REFERENCES: dict[Any, Callable[..., Any]] = {
     _fastcm.noise.default: _noise,
     _fastcm.uniform.default: _uniform,
+    _fastcm.integers.default: _integers,
     _fastcm.noising.default: _noising,
     _fastcm.noising_pair.default: _noising_pair,
     _fastcm.boundary.default: _boundary,

@@ -1,4 +1,4 @@
-"""The public operators that draw: `noise`, `noising` and `uniform`."""
+"""The public operators that draw: `noise`, `noising`, `uniform` and `integers`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,17 @@ def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) ->
         return out
     make = native.uniform if way is Door.NATIVE else rng.uniform
     return make(count, key, stream=stream, first_sample=first_sample)
+
+
+def integers(count: int, key: NoiseKey, *, stream: int, first_sample: int = 0) -> Tensor:
+    """One number per sample in [0, 2^63), int64 ``[count]``; else as `uniform`."""
+    if count < 0:
+        raise ValueError(f"count must be >= 0, got {count}")
+    validation.check_noise(key, stream, first_sample, key.device)
+    if door(key.tensor, noisy=True) is Door.KERNEL:
+        out: Tensor = torch.ops.fastcm.integers(count, key.tensor, stream, first_sample)
+        return out
+    return rng.integers(count, key, stream=stream, first_sample=first_sample)
 
 
 def noising(

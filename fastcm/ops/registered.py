@@ -68,6 +68,15 @@ def uniform_op(count: int, key: Tensor, stream: int, first_sample: int) -> Tenso
     return out
 
 
+@operator("integers")
+def integers_op(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
+    """One number of [0, 2^63) for each sample, int64 ``[count]``."""
+    out = torch.empty(count, dtype=torch.int64, device=key.device)
+    kernel = wrap_triton(noising.uniform_kernel)
+    noising.launch_uniform(out, key, stream=stream, first_sample=first_sample, kernel=kernel)
+    return out
+
+
 @operator("noising")
 def noising_op(
     x0: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastcm import rng
 from fastcm.data import (
     Dataset,
     DeviceData,
@@ -361,6 +362,16 @@ def test_permutation_depends_on_seed_and_epoch_alone() -> None:
         assert torch.equal(data.permutation(epoch), orders[epoch])
         assert torch.equal(DeviceData(numbered(64), 5, "cpu").permutation(epoch), orders[epoch])
     assert not torch.equal(DeviceData(numbered(64), 6, "cpu").permutation(0), orders[0])
+
+
+def test_a_permutation_is_the_same_from_one_kernel(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DeviceData(numbered(70), 2**40, "cpu")
+    expected = data.permutation(3)
+    request.getfixturevalue("kernels")
+    monkeypatch.setattr(rng, "words", lambda *_, **__: pytest.fail("a launch for each operation"))
+    assert torch.equal(data.permutation(3), expected)
 
 
 def test_permutation_is_pinned() -> None:
