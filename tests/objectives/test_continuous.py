@@ -97,7 +97,7 @@ def test_instant_rows_of_mean_flow_are_flow_matching() -> None:
 
 def test_mean_flow_tends_to_flow_matching_as_the_step_shrinks() -> None:
     errors = []
-    for h in (0.02, 0.01):
+    for h in (4e-3, 2e-3):
 
         class Near(MeanFlow):
             def draw(self, batch: Batch, h: float = h) -> tuple[Tensor, Tensor]:
@@ -108,8 +108,9 @@ def test_mean_flow_tends_to_flow_matching_as_the_step_shrinks() -> None:
         near = Near(instant=0.0, metric=SquaredL2()).loss(TwoTimes(), batch)
         t, _ = MeanFlow(instant=0.0).draw(batch)
         flow = FlowMatching(times=lambda u, low, high, t=t: t).loss(TwoTimes(), batch)
-        errors.append((near.per_sample - flow.per_sample).abs().mean().item())
-    assert abs(math.log2(errors[0] / errors[1]) - 1) < 0.15
+        difference = (near.per_sample - flow.per_sample)[t > 0.1]
+        errors.append(difference.abs().mean().item())
+    assert abs(math.log2(errors[0] / errors[1]) - 1) < 0.1
 
 
 def test_micro_batches_of_mean_flow_have_the_rows_of_the_whole() -> None:
@@ -223,6 +224,18 @@ def tangent_of(step: int, **options: Any) -> tuple[Tensor, Tensor]:
     return weak * (seen[0][1] - seen[0][0]), t
 
 
+class Pairs:
+    """Consistency training at given times."""
+
+    parameterization, weight = TRIG, staticmethod(losses.uniform)
+
+    def __init__(self, t: Tensor, s: Tensor, metric: Any) -> None:
+        self.times, self.metric = (t, s), metric
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.times
+
+
 def test_consistency_training_tends_to_it_as_the_step_shrinks() -> None:
     """The gradient of a squared CT step over dt is that of sCT without its normalisation."""
     g, t = tangent_of(0, warmup=0, prior="one")
@@ -233,7 +246,7 @@ def test_consistency_training_tends_to_it_as_the_step_shrinks() -> None:
     for dt in (4e-3, 2e-3):
         seen: list[tuple[Tensor, Tensor]] = []
         s, inside = (t - dt).clamp_min(0.0), t > dt
-        pair_loss(net, batch, net, TRIG, t, s, metric=spy(seen), weight=losses.uniform)
+        pair_loss(Pairs(t, s, spy(seen)), net, batch, net)
         ((f_t, f_s),) = seen
         # d f / d F = -sigma_data sin t; both gradients are twice this
         found = -0.5 * t.sin()[:, None] * (f_t - f_s) / dt
