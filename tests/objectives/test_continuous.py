@@ -97,7 +97,7 @@ def test_instant_rows_of_mean_flow_are_flow_matching() -> None:
 
 def test_mean_flow_tends_to_flow_matching_as_the_step_shrinks() -> None:
     errors = []
-    for h in (4e-3, 2e-3):
+    for h in (0.016, 0.008):
 
         class Near(MeanFlow):
             def draw(self, batch: Batch, h: float = h) -> tuple[Tensor, Tensor]:
@@ -108,9 +108,9 @@ def test_mean_flow_tends_to_flow_matching_as_the_step_shrinks() -> None:
         near = Near(instant=0.0, metric=SquaredL2()).loss(TwoTimes(), batch)
         t, _ = MeanFlow(instant=0.0).draw(batch)
         flow = FlowMatching(times=lambda u, low, high, t=t: t).loss(TwoTimes(), batch)
-        difference = (near.per_sample - flow.per_sample)[t > 0.1]
+        difference = (near.per_sample - flow.per_sample)[t > 0.25]
         errors.append(difference.abs().mean().item())
-    assert abs(math.log2(errors[0] / errors[1]) - 1) < 0.1
+    assert abs(math.log2(errors[0] / errors[1]) - 1) < 0.2
 
 
 def test_micro_batches_of_mean_flow_have_the_rows_of_the_whole() -> None:
