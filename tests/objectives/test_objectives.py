@@ -261,21 +261,6 @@ def test_condition_dropout_replaces_its_share_of_rows():
     )
 
 
-def test_networks_get_low_precision_x_and_float32_t():
-    """c_noise in bfloat16 would merge neighbouring times."""
-    p = Parameterization(VarianceExploding())
-    batch = Batch(torch.randn(8, 3), NoiseKey(1), input_dtype=torch.bfloat16)
-    nets = [Net(zero) for _ in range(3)]
-    student, target, teacher = nets
-    ConsistencyTraining(p, 18, KarrasGrid()).loss(student, batch, target)
-    ConsistencyDistillation(teacher, p, None, 18, KarrasGrid()).loss(student, batch, target)
-    FlowMatching(Parameterization(VarianceExploding(), "edm")).loss(student, batch)
-    calls = [call for net in nets for call in net.calls]
-    assert len(calls) == 6
-    for x, t, _ in calls:
-        assert (x.dtype, t.dtype) == (torch.bfloat16, torch.float32)
-
-
 def test_an_output_of_another_shape_is_refused():
     batch, bad = Batch(torch.randn(8, 3), NoiseKey(1)), Net(lambda x, t, cond: x[:, :1])
     with pytest.raises(ValueError, match="net must return"):

@@ -107,6 +107,18 @@ def training_of_shards_is_that_of_one_process(_: Path) -> None:
 
 
 @case
+def an_update_of_shards_is_local(_: Path) -> None:
+    """Clip, moments and averages of one's own rows: a sum of squares is all that travels."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    net, optimizer = sharded()
+    train(net, optimizer)
+    with CommDebugMode() as watch:
+        optimizer.step()
+    assert {str(op): n for op, n in watch.get_comm_counts().items()} == {"c10d.allreduce_": 1}
+
+
+@case
 def the_norm_counts_replicas_once(_: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor

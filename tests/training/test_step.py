@@ -14,7 +14,15 @@ from recorded_graphs import RecordedGraph
 from torch import Tensor, nn
 
 import fastcm
-from fastcm import ConsistencyDistillation, ConsistencyTraining, FlowMatching, NoiseKey, Trainer
+from fastcm import (
+    ConsistencyDistillation,
+    ConsistencyFlowMatching,
+    ConsistencyTraining,
+    EasyConsistency,
+    FlowMatching,
+    NoiseKey,
+    Trainer,
+)
 from fastcm.networks import MLP, DiT
 from fastcm.objectives.base import Loss
 from fastcm.optim import one_sweep
@@ -88,10 +96,13 @@ def test_a_batch_that_does_not_divide_is_refused(batch: int, accumulate: int) ->
     "make",
     [
         lambda: ConsistencyTraining(target_average=None),
+        lambda: ConsistencyTraining.improved(100),
+        lambda: EasyConsistency(),
         lambda: ConsistencyDistillation(teacher(), target_average=None),
+        lambda: ConsistencyFlowMatching(target_average=None),
     ],
 )
-def test_a_student_that_is_its_own_target_sees_the_same_dropout_mask(
+def test_student_and_target_masks_are_equal_under_objectives_that_share_weights(
     make: Callable[[], Any],
 ) -> None:
     net = Recorder(dropout=0.5)

@@ -1,0 +1,143 @@
+"""Every field of every method reaches its loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastcm import (
+    Batch,
+    ConsistencyDistillation,
+    ConsistencyFlowMatching,
+    ConsistencyTraining,
+    EasyConsistency,
+    FlowMatching,
+    NoiseKey,
+    PairDistillation,
+    Parameterization,
+    Shortcut,
+    Stepwise,
+    losses,
+    paths,
+)
+from fastcm.networks import MLP
+from fastcm.schedules import KarrasGrid, LogitNormal, LogNormal, UniformTime
+
+
+def small(**more: Any) -> MLP:
+    torch.manual_seed(0)
+    net = MLP(**{"shape": (3,), "width": 16, "depth": 1, **more})
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.2)
+    return net
+
+
+PAIR: dict[str, Any] = {
+    "parameterization": Parameterization(paths.TrigFlow()),
+    "metric": losses.L2(),
+}
+GRIDDED: dict[str, Any] = {
+    **PAIR,
+    "discretization": 7,
+    "grid": KarrasGrid(),
+    "times": LogNormal(),
+    "weight": losses.uniform,
+}
+FIELDS: list[tuple[Any, dict[str, Any]]] = [
+    (
+        FlowMatching(condition_dropout=0.2, null_condition=4),
+        {
+            **PAIR,
+            "times": UniformTime(),
+            "weight": losses.inverse_square,
+            "condition_dropout": 0.6,
+            "null_condition": 3,
+        },
+    ),
+    (ConsistencyTraining(), GRIDDED),
+    (
+        ConsistencyDistillation(small(num_classes=4), guidance=2.0, null_condition=4),
+        {
+            **GRIDDED,
+            "teacher": small(num_classes=4, depth=2),
+            "teacher_parameterization": Parameterization(paths.Linear(), "x0"),
+            "guidance": 5.0,
+            "null_condition": 3,
+            "solver": "heun",
+            "skip": 3,
+        },
+    ),
+    (
+        EasyConsistency(double_every=10),
+        {
+            **PAIR,
+            "metric": losses.L1(),
+            "q": 3.0,
+            "double_every": 5,
+            "stages": 1,
+            "k": 4.0,
+            "b": 2.0,
+            "levels": LogNormal(0.0, 1.0),
+            "weight": losses.uniform,
+        },
+    ),
+    (
+        Stepwise(10),
+        {
+            **PAIR,
+            "steps_per_phase": 5,
+            "phases": 20,
+            "grid": KarrasGrid(),
+            "weight": losses.uniform,
+        },
+    ),
+    (
+        Shortcut(clip=1.0),
+        {
+            "steps": 2,
+            "every": 3,
+            "clip": 0.1,
+            "times": LogitNormal(),
+            "metric": losses.L2(),
+        },
+    ),
+    (
+        ConsistencyFlowMatching(),
+        {
+            "segments": 4,
+            "delta": 0.2,
+            "velocity_weight": 0.3,
+            "times": LogitNormal(),
+            "metric": losses.L2(),
+        },
+    ),
+    (PairDistillation(), PAIR),
+]
+"""Every method, and for each of its fields another value; `target_average` is in the trainer."""
+ONE_PATH = {"Shortcut", "ConsistencyFlowMatching"}
+
+
+@pytest.mark.parametrize(("objective", "fields"), FIELDS, ids=lambda o: type(o).__name__)
+def test_every_field_of_a_method_changes_its_loss(objective: Any, fields: dict[str, Any]) -> None:
+    name = type(objective).__name__
+    missing = {f.name for f in dataclasses.fields(objective)} - fields.keys() - {"target_average"}
+    assert missing == ({"parameterization"} if name in ONE_PATH else set())
+    x0, cond = torch.randn(32, 3), torch.randint(4, (32,))
+    net = small(num_classes=4, two_times=name == "Shortcut")
+    target = small(num_classes=4, two_times=name == "Shortcut")
+    batch = Batch(x0, NoiseKey(0, 25), cond, z=torch.randn(32, 3) if "Pair" in name else None)
+
+    def loss(objective: Any) -> float:
+        value: float = objective.loss(net, batch, target).mean.item()
+        return value
+
+    expected = loss(objective)
+    same = [
+        k for k, v in fields.items() if loss(dataclasses.replace(objective, **{k: v})) == expected
+    ]
+    assert not same
