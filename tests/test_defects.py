@@ -21,11 +21,13 @@ from fastcm import (
     ConsistencyDistillation,
     ConsistencyFlowMatching,
     ConsistencyTraining,
+    ContinuousConsistency,
     Dataset,
     DelayedEMA,
     EasyConsistency,
     FlowMatching,
     HalfLifeEMA,
+    MeanFlow,
     NoiseKey,
     PairDistillation,
     Parameterization,
@@ -35,6 +37,7 @@ from fastcm import (
     Trainer,
     VarianceExploding,
     WarmupEMA,
+    losses,
     paths,
 )
 from fastcm.cli import tables
@@ -111,10 +114,13 @@ def methods() -> dict[str, Any]:
         "ct": ConsistencyTraining(discretization=CMCurriculum(100)),
         "ict": ConsistencyTraining.improved(100),
         "ect": EasyConsistency(),
+        "sct": ContinuousConsistency(weight=losses.uniform),
         "shortcut": Shortcut(),
+        "meanflow": MeanFlow(),
         "cfm": ConsistencyFlowMatching(),
         "cd": ConsistencyDistillation(small()),
         "heun": ConsistencyDistillation(small(), solver="heun"),
+        "scd": ContinuousConsistency(Parameterization(), small(), weight=losses.uniform),
         "pairs": PairDistillation(),
     }
 
@@ -129,7 +135,7 @@ def test_no_step_reads_a_number_back_from_the_device(
     x = torch.randn(40, 2, 3) if method == "pairs" else torch.randn(40, 3)
     averages = (EMA(0.9, warmup=True), PowerEMA(), WarmupEMA(), DelayedEMA(HalfLifeEMA(99, 12), 3))
     t = Trainer(
-        small(two_times=method == "shortcut"),
+        small(two_times=method in tables.TWO_TIMES),
         methods()[method],
         data=Dataset(x, paired=method == "pairs"),
         batch_size=12,
@@ -156,7 +162,7 @@ def test_no_loss_reads_a_number_back_from_the_device(method: str) -> None:
             return self.gain * x * t[:, None].to(x.dtype)
 
     objective, net = methods()[method], Plain()
-    if hasattr(objective, "teacher"):
+    if getattr(objective, "teacher", None) is not None:
         objective = dataclasses.replace(objective, teacher=Plain())
     x0, z = torch.empty(2, 12, 3, device="meta")
     key = NoiseKey.wrap(torch.empty_like(NoiseKey(0).tensor, device="meta"))
@@ -253,12 +259,12 @@ def test_networks_receive_bf16_x_and_float32_t_and_losses_are_float32(method: st
             return x * t[:, None].to(x.dtype)
 
     objective, net = methods()[method], Plain()
-    if hasattr(objective, "teacher"):
+    if getattr(objective, "teacher", None) is not None:
         objective = dataclasses.replace(objective, teacher=Plain())
     x0, z = torch.randn(2, 16, 3)
     z_of_pair = z if method == "pairs" else None
     for p in (None, TRIG, VE):
-        if p is not None and method in ("shortcut", "cfm", "flow"):
+        if p is not None and method in (*tables.TWO_TIMES, "cfm", "flow", "sct", "scd"):
             continue
         if p is not None:
             objective = dataclasses.replace(objective, parameterization=p, **_teachers(objective))

@@ -14,8 +14,10 @@ from fastcm import (
     ConsistencyDistillation,
     ConsistencyFlowMatching,
     ConsistencyTraining,
+    ContinuousConsistency,
     EasyConsistency,
     FlowMatching,
+    MeanFlow,
     NoiseKey,
     PairDistillation,
     Parameterization,
@@ -117,9 +119,42 @@ FIELDS: list[tuple[Any, dict[str, Any]]] = [
         },
     ),
     (PairDistillation(), PAIR),
+    (
+        MeanFlow(guidance=2.0, null_condition=4, mixing=0.1, condition_dropout=0.2),
+        {
+            "instant": 0.5,
+            "times": UniformTime(),
+            "metric": losses.L2(),
+            "guidance": 3.0,
+            "mixing": 0.4,
+            "null_condition": 3,
+            "condition_dropout": 0.6,
+            "predicted_tangent": True,
+        },
+    ),
+    (
+        ContinuousConsistency(
+            Parameterization(), small(num_classes=4), guidance=2.0, null_condition=4, warmup=50
+        ),
+        {
+            **PAIR,
+            "teacher": small(num_classes=4, depth=2),
+            "teacher_parameterization": Parameterization(paths.Linear(), "x0"),
+            "sigma_data": 0.7,
+            "mean": -0.5,
+            "std": 1.0,
+            "warmup": 100,
+            "normalization": "rms",
+            "c": 0.3,
+            "prior": "one",
+            "weight": losses.inverse_square,
+            "guidance": 5.0,
+            "null_condition": 3,
+        },
+    ),
 ]
 """Every method, and for each of its fields another value; `target_average` is in the trainer."""
-ONE_PATH = {"Shortcut", "ConsistencyFlowMatching"}
+ONE_PATH = {"Shortcut", "ConsistencyFlowMatching", "MeanFlow"}
 
 
 @pytest.mark.parametrize(("objective", "fields"), FIELDS, ids=lambda o: type(o).__name__)
@@ -128,8 +163,11 @@ def test_every_field_of_a_method_changes_its_loss(objective: Any, fields: dict[s
     missing = {f.name for f in dataclasses.fields(objective)} - fields.keys() - {"target_average"}
     assert missing == ({"parameterization"} if name in ONE_PATH else set())
     x0, cond = torch.randn(32, 3), torch.randint(4, (32,))
-    net = small(num_classes=4, two_times=name == "Shortcut")
-    target = small(num_classes=4, two_times=name == "Shortcut")
+    two_times = getattr(objective, "two_times", False)
+    net, target = (
+        small(num_classes=4, two_times=two_times, log_variance=True, width=width)
+        for width in (16, 24)
+    )
     batch = Batch(x0, NoiseKey(0, 25), cond, z=torch.randn(32, 3) if "Pair" in name else None)
 
     def loss(objective: Any) -> float:
