@@ -36,7 +36,8 @@ def _option(name: str, text: str) -> Any:
 def train(
     out: Annotated[Path, typer.Option(help="directory of the run: checkpoints and metrics")],
     data: Annotated[
-        str, typer.Option(help='"digits", a folder of images or pairs, .npy or .npz')
+        str,
+        typer.Option(help='"digits", "photographs", a folder of images or pairs, .npy or .npz'),
     ] = "digits",
     method: Annotated[
         str,

@@ -158,6 +158,42 @@ def digits() -> Dataset:
     return Dataset(x[:, None], torch.from_numpy(bunch.target), 10)
 
 
+def photographs(count: int = 4096, *, size: int = 32, seed: int = 0) -> Dataset:
+    """Random crops of scikit-learn's two sample photographs, of a temple and of a flower.
+
+    Args:
+        count: of the crops, half of each; crops may overlap.
+        size: of a side, in 1..427 pixels.
+        seed: of the places.
+
+    Returns:
+        uint8 ``[count, 3, size, size]`` in random order; the labels say which of the two.
+
+    Raises:
+        ValueError: count or size is out of range.
+    """
+    _demo("PIL")
+    whole = [
+        torch.from_numpy(p.copy()) for p in _demo("sklearn.datasets").load_sample_images().images
+    ]
+    height, width = whole[0].shape[:2]
+    if count < 2 or not 1 <= size <= min(height, width):
+        raise ValueError(
+            f"photographs need count >= 2 and size in 1..{min(height, width)}, got {count}, {size}"
+        )
+    places = torch.Generator().manual_seed(seed)
+    which = torch.randperm(count, generator=places) % 2
+    tops, lefts = (
+        torch.randint(side - size + 1, (count,), generator=places).tolist()
+        for side in (height, width)
+    )
+    crops = [
+        whole[k][top : top + size, left : left + size]
+        for k, top, left in zip(which.tolist(), tops, lefts)
+    ]
+    return Dataset(torch.stack(crops).permute(0, 3, 1, 2).contiguous(), which, 2)
+
+
 def image_folder(
     path: str | os.PathLike[str],
     *,

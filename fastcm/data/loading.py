@@ -16,6 +16,7 @@ from fastcm.data.datasets import (
     as_tensor,
     digits,
     image_folder,
+    photographs,
     read_arrays,
 )
 from fastcm.runs.files import read_state
@@ -87,10 +88,14 @@ def pairs(path: str | os.PathLike[str]) -> Dataset:
     return Dataset(torch.cat(xs), torch.cat(labels) if labels else None, paired=True)
 
 
+NAMES = {"digits": digits, "photographs": photographs}
+"""Data sets that come with scikit-learn."""
+
+
 def load(
     spec: str | os.PathLike[str], *, size: int | None = None, channels: int | None = None
 ) -> Dataset:
-    """The data set that `spec` names: "digits", a folder of images or pairs, a .npy or .npz file.
+    """The data set that `spec` names: one of `NAMES`, a folder of images or pairs, .npy or .npz.
 
     Args:
         spec: the name or path.
@@ -102,18 +107,18 @@ def load(
         ValueError: the path is of another kind, or `size` is given without a folder.
     """
     path = Path(spec)
-    if spec != "digits" and (path / SETTINGS).exists() and size is None and channels is None:
+    if spec not in NAMES and (path / SETTINGS).exists() and size is None and channels is None:
         return pairs(path)
-    if spec != "digits" and path.is_dir():
+    if spec not in NAMES and path.is_dir():
         return image_folder(path, size=size, channels=3 if channels is None else channels)
     for name, value in (("size", size), ("channels", channels)):
         if value is not None:
             raise ValueError(f"{name} applies to a folder of images, got {name}={value} for {spec}")
-    if spec == "digits":
-        return digits()
+    if isinstance(spec, str) and spec in NAMES:
+        return NAMES[spec]()
     if path.suffix.lower() in (".npy", ".npz"):
         return array_file(path)
-    accepted = 'expected "digits", a folder of images, or a .npy or .npz file'
+    accepted = 'expected "digits", "photographs", a folder of images, or a .npy or .npz file'
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {spec}; {accepted}")
     raise ValueError(f"cannot read data from {spec}; {accepted}")

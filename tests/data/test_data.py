@@ -24,6 +24,7 @@ from fastcm.data import (
     digits,
     image_folder,
     load,
+    photographs,
     to_unit,
 )
 from fastcm.data.sources import IterableData
@@ -332,7 +333,7 @@ def test_load_finds_the_reader(tmp_path: Path) -> None:
 
 def test_load_says_what_it_accepts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("1,2")
-    accepted = r'expected "digits", a folder of images, or a \.npy or \.npz file'
+    accepted = r'expected "digits", "photographs", a folder of images, or a \.npy or \.npz file'
     with pytest.raises(ValueError, match=accepted):
         load(tmp_path / "a.csv")
     with pytest.raises(FileNotFoundError, match=accepted):
@@ -406,6 +407,23 @@ def test_batch_is_independent_of_how_it_is_split() -> None:
             parts += rows(data.batch(position, size))
             position += size
         assert parts == whole
+
+
+def test_photographs_are_crops_at_places_of_the_seed() -> None:
+    pytest.importorskip("PIL")
+    whole = pytest.importorskip("sklearn.datasets").load_sample_images().images
+    data = photographs(20, size=32)
+    assert data.x.shape == (20, 3, 32, 32) and data.x.dtype == torch.uint8
+    assert data.labels is not None and data.labels.bincount().tolist() == [10, 10]
+    for crop, label in zip(data.x[:3], data.labels[:3]):
+        pixels = torch.from_numpy(whole[int(label)]).permute(2, 0, 1)
+        corners = (pixels[:, :396, :609] == crop[:, :1, :1]).all(0).nonzero().tolist()
+        assert any(torch.equal(pixels[:, i : i + 32, j : j + 32], crop) for i, j in corners)
+    assert torch.equal(photographs(20, size=32).x, data.x)
+    assert not torch.equal(photographs(20, size=32, seed=1).x, data.x)
+    assert len(load("photographs")) == 4096
+    with pytest.raises(ValueError, match=r"size in 1..427, got 20, 428"):
+        photographs(20, size=428)
 
 
 def test_data_that_moves_is_not_checked_again() -> None:
