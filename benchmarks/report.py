@@ -135,7 +135,8 @@ def quality_table(report: dict[str, Any]) -> str:
         values = [f["frechet"] for f in found if f is not None]
         if not values:
             return "-"
-        return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f}"
+        spread = f" ± {statistics.pstdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}"
 
     rows = [
         f"{name} | {round(statistics.mean(row['steps'] for row in rows)):,} | "
@@ -143,11 +144,14 @@ def quality_table(report: dict[str, Any]) -> str:
         for name, rows in methods.items()
     ]
     seeds = len(next(iter(methods.values())))
+    over = f"mean and spread over {seeds} seeds" if seeds > 1 else "one run each"
+    things = {"digits": "digits", "photographs": "crops"}[report["data"]]
+    *some, last = (name for name in ("ect", "cd", "scd", "pairs") if name in methods)
     note = (
-        f"Frechet distance to held-out digits by the number of network evaluations, mean and "
-        f"spread over {seeds} seeds; of other real digits {report['floor']['frechet']:.2f}. "
-        f"{report['seconds']:.0f} s of training on {machine_of(report)}; ect, cd and pairs spend "
-        "half of it on their flow. Sliced Wasserstein distances are in the JSON."
+        f"Frechet distance to held-out {things} by the number of network evaluations, {over}; of "
+        f"other real {things} {report['floor']['frechet']:.2f}. {report['seconds']:.0f} s of "
+        f"training on {machine_of(report)}; {', '.join(some)} and {last} spend half of it on their "
+        "flow. Sliced Wasserstein distances are in the JSON."
     )
     return markdown("method | steps | " + " | ".join(map(str, calls)), rows, note)
 
@@ -178,8 +182,12 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "sampling": ("sampling_cpu", sampling_table),
     "codegen": ("codegen", codegen_summary),
     "quality": ("quality_cpu", quality_table),
+    "photographs": ("quality_photographs_cpu", quality_table),
 }
-PAGES = {"README.md": tuple(SECTIONS), "docs/methods.md": ("quality",)}
+PAGES = {
+    "README.md": tuple(name for name in SECTIONS if name != "photographs"),
+    "docs/methods.md": ("quality", "photographs"),
+}
 
 
 def render(text: str, page: str = "README.md") -> str:
