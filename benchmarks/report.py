@@ -104,6 +104,26 @@ def step_table(report: dict[str, Any]) -> str:
     return markdown(columns, rows, note)
 
 
+def jvp_table(report: dict[str, Any]) -> str:
+    """Ratios of steps with a derivative along the trajectory."""
+    rows = [
+        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} | {row['batch']} "
+        f"| {row['ms']['fastcm']:.0f} ms | {row['two passes/fastcm']:.2f} "
+        f"| {row['one jvp/fastcm']:.2f} | {row['fastcm/flow']:.2f}"
+        for row in report["rows"]
+    ]
+    note = (
+        f"A step of training on {machine_of(report)}. Two passes: torch.func.jvp without gradient, "
+        "and a second forward pass. One jvp: torch.func.jvp inside the loss. Flow: a step of flow "
+        "matching. Each compiled where that is faster and torch can."
+    )
+    columns = (
+        "network | parameters | method | batch | fastcm | two passes / fastcm "
+        "| one jvp / fastcm | fastcm / flow"
+    )
+    return markdown(columns, rows, note)
+
+
 def sampling_table(report: dict[str, Any]) -> str:
     """Ratios of the samplers' benchmark."""
     rows = [
@@ -180,6 +200,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "optim": ("optim_cpu", optim_table),
     "step": ("step_cpu", step_table),
     "sampling": ("sampling_cpu", sampling_table),
+    "jvp": ("jvp_cpu", jvp_table),
     "codegen": ("codegen", codegen_summary),
     "quality": ("quality_cpu", quality_table),
     "photographs": ("quality_photographs_cpu", quality_table),

@@ -170,7 +170,8 @@ class Recipe:
             description["log_variance"] = True
         if self.width is not None:
             description["base_channels" if self.net == "unet" else "width"] = self.width
-        if self.path in ("ve", "vp"):  # told 250 ln t or an index: of the embedding's scale
+        # told 250 ln t or an index, of the embedding's scale; on trig t itself, for derivatives in it
+        if self.path in ("ve", "vp", "trig"):
             description["time_scale"] = 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
