@@ -94,7 +94,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.path is None:
             object.__setattr__(
-                self, "path", {"ict": "ve", "sct": "trig"}.get(self.method, "linear")
+                self, "path", {"ict": "ve", "sct": "trig", "scd": "trig"}.get(self.method, "linear")
             )
         for name, table in (
             ("method", METHODS),
@@ -170,7 +170,9 @@ class Recipe:
             description["log_variance"] = True
         if self.width is not None:
             description["base_channels" if self.net == "unet" else "width"] = self.width
-        # told 250 ln t or an index, of the embedding's scale; on trig t itself, for derivatives in it
+        if self.method == "meanflow" and self.init is None:
+            description["time_scale"] = 100.0  # at 1,000 its derivative in t is rough
+        # told 250 ln t or an index; on trig t itself, for derivatives in it
         if self.path in ("ve", "vp", "trig"):
             description["time_scale"] = 1.0
         with torch.random.fork_rng(devices=[]):
@@ -199,7 +201,8 @@ class Recipe:
             options["guidance"] = self.guidance
             options["null_condition"] = dataset.num_classes
         if self.method == "meanflow":
-            return MeanFlow(**options)
+            # short runs want more rows with a step than the paper's quarter
+            return MeanFlow(instant=0.5, **options)
         if self.method in ("sct", "scd"):
             if teacher is not None and self.teacher is not None:
                 options["teacher"] = teacher.net

@@ -63,7 +63,7 @@ def train(
     path: Annotated[
         str | None,
         typer.Option(
-            help=f"{_names(tables.PATHS)}; of ict ve by default, of sct trig, else linear"
+            help=f"{_names(tables.PATHS)}; of ict ve by default, of sct and scd trig, else linear"
         ),
     ] = None,
     prediction: Annotated[

@@ -153,7 +153,7 @@ def test_distillation(
     run = trained(
         here / f"{method}-{net}-{precision}-{guidance}",
         *("--method", method, "--teacher", teachers[net], "--conditional", *more),
-        *("--net", net, "--precision", precision),
+        *("--net", net, "--precision", precision, "--path", "linear"),
     )
     sampled(run, "--precision", precision, "--label", 3)
 
