@@ -230,7 +230,8 @@ def tick_case(radam: bool, clipped: bool) -> list[Launch]:
     hyper, limit, sums = meta(2, 6, dtype=FP64), meta(1, dtype=FP64), meta(2, dtype=FP64)
     tick.launch_tick(
         meta(5, 100, dtype=I64), hyper, limit, sums if clipped else None, meta(100),
-        meta(100, 8), meta(3), meta(1), meta(3, dtype=I64), radam=radam, kernel=recorder,
+        meta(100, 8), meta(3), meta(1), meta(3, dtype=I64),
+        meta(1, 4, dtype=FP64) if clipped else None, radam=radam, kernel=recorder,
     )  # fmt: skip
     return recorder.launches
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fastcm.schedules import CMCurriculum, ICTCurriculum
 
+Ramp = tuple[float, float, float, float]
+"""A decay that kernels evaluate, min(first, ((k + second) / (k + third))^fourth)."""
+
 
 @dataclass(frozen=True)
 class EMA:
@@ -39,6 +42,11 @@ class EMA:
         if not images > 0 or batch_size < 1:
             raise ValueError(f"need images > 0 and batch_size >= 1, got {images} and {batch_size}")
         return cls(0.5 ** (batch_size / images))
+
+    @property
+    def ramp(self) -> Ramp | None:
+        """A warmed decay in numbers."""
+        return (self.beta, 1.0, 10.0, 1.0) if self.warmup else None
 
     def decay(self, step: Tensor) -> Tensor:
         beta = torch.full_like(step, self.beta, dtype=torch.float64)
@@ -104,6 +112,11 @@ class PowerEMA:
     def gamma(self) -> float:
         """The largest real root of g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2) = 0."""
         return _gamma(self.std)
+
+    @property
+    def ramp(self) -> Ramp:
+        """The decay in numbers."""
+        return 1.0, 0.0, 1.0, self.gamma + 1.0
 
     def decay(self, step: Tensor) -> Tensor:
         k = step.double() + 1.0

@@ -28,7 +28,7 @@ def power(base, exponent):
     return tl.exp(exponent * tl.log(tl.maximum(base, 1e-300)))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["averages", "n"])
 def tick_kernel(
     tensors_ptr,
     hyper_ptr,
@@ -39,10 +39,13 @@ def tick_kernel(
     shared_ptr,
     norm_ptr,
     counts_ptr,
+    ramps_ptr,
+    averages,
     n,
     NORM: tl.constexpr,
     CLASSES: tl.constexpr,
     RADAM: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK tensors per program; all scalars in float64."""
@@ -61,6 +64,17 @@ def tick_kernel(
             store(norm_ptr, 0, norm, None)
         store(shared_ptr, 0, clip, None)
         store(shared_ptr, 1, apply, None)
+        if LANES > 0:
+            average = tl.arange(0, LANES)
+            there = average < averages
+            ramp_ptr = ramps_ptr + 4 * average
+            largest = tl.load(ramp_ptr, mask=there, other=0.0)
+            attempts = tl.load(counts_ptr).to(tl.float64)
+            base = attempts + tl.load(ramp_ptr + 1, mask=there, other=0.0)
+            base /= attempts + tl.load(ramp_ptr + 2, mask=there, other=1.0)
+            exponent = tl.load(ramp_ptr + 3, mask=there, other=1.0)
+            decay = tl.minimum(power(base, exponent), largest)
+            store(shared_ptr + 2, average, 1.0 - decay, there & (largest > 0.0))
         skipped = 1 - apply
         tl.store(counts_ptr, tl.load(counts_ptr) + 1)
         tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + skipped)
@@ -117,6 +131,7 @@ def launch_tick(
     shared: Tensor,
     norm: Tensor,
     counts: Tensor,
+    ramps: Tensor | None = None,
     *,
     radam: bool,
     kernel: Kernel = tick_kernel,
@@ -133,6 +148,9 @@ def launch_tick(
         shared: dtype of the state ``[2 + k]``; clip coefficient and 1 or 0 for applied are written.
         norm: dtype of the state ``[1]``, of all gradients; not written without `sums`.
         counts: int64 ``[3]``: steps attempted, skipped, skipped in a row.
+        ramps: float64 ``[k, 4]``, of averages whose decay at attempt n, from 0, is
+            min(first, ((n + second) / (n + third))^fourth); of others the first is 0, and their
+            number in `shared` stays.
         radam: RAdam, else AdamW.
     """
     n = tensors.shape[1]
@@ -142,6 +160,9 @@ def launch_tick(
     assert steps.dtype == torch.float32 and steps.shape == (n,) and hyper.shape[1] == 6
     assert rows.shape == (n, 8) and rows.is_contiguous() and rows.dtype == shared.dtype
     assert counts.dtype == torch.int64 and counts.shape == (3,)
+    if ramps is not None:
+        assert ramps.dtype == torch.float64 and ramps.shape == (len(shared) - 2, 4)
+        assert ramps.is_contiguous()
     kernel[(max(1, launch.ceil_div(n, TICK_BLOCK)),)](
         tensors,
         hyper,
@@ -152,10 +173,13 @@ def launch_tick(
         shared,
         norm,
         counts,
+        limit if ramps is None else ramps,
+        0 if ramps is None else len(ramps),
         n,
         NORM=sums is not None,
         CLASSES=0 if sums is None else sums.numel(),
         RADAM=radam,
+        LANES=0 if ramps is None else launch.power_of_two(len(ramps), 1, 2**20),
         BLOCK=TICK_BLOCK,
         num_warps=TICK_BLOCK // launch.target(tensors).warp_size,
     )

@@ -27,9 +27,11 @@ class Backend(Protocol):
 
     Attributes:
         shadows: whether the sweep writes the shadows too.
+        ramps: whether the tick evaluates tables.ramps.
     """
 
     shadows: bool
+    ramps: bool
 
     def direct(self, layout: Layout) -> tuple[torch.dtype, ...]:
         """Dtypes of parameters and gradients that need not be copied."""
@@ -48,6 +50,7 @@ class Triton:
     """The Triton kernels."""
 
     shadows = True
+    ramps = True
 
     def direct(self, layout: Layout) -> tuple[torch.dtype, ...]:
         if layout.dtype == torch.float64:
@@ -72,6 +75,7 @@ class Triton:
                 tables.shared,
                 tables.norm,
                 tables.counts,
+                tables.ramps if tables.ramped else None,
                 radam=radam,
             )
 
@@ -98,6 +102,7 @@ class Native:
     """The C++ kernel; `library` as `fastcm.kernels.native.load` gives it."""
 
     shadows = False
+    ramps = False
 
     def __init__(self, library: native.Library) -> None:
         self._library = library
@@ -157,6 +162,7 @@ class Plain:
     """`fastcm.ops.reference`, one parameter at a time. Waits for the device once in a step."""
 
     shadows = False
+    ramps = False
 
     def direct(self, layout: Layout) -> tuple[torch.dtype, ...]:
         return (layout.dtype,)

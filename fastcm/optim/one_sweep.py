@@ -111,7 +111,7 @@ class OneSweep(Optimizer):
             layout.follow(slot)
         for buffer, gradient in tables.copied:
             buffer.copy_(gradient)
-        tables.rates(self.averages)
+        tables.rates(self.averages, ramps=not backend.ramps)
         measured = self.max_grad_norm is not None
         if measured:
             backend.grad_norm(tables)
@@ -166,7 +166,7 @@ class OneSweep(Optimizer):
         self._backend = choose(layout.device, layout.dtype)
         direct = self._backend.direct(layout)
         self._tables = Tables(layout, len(self.param_groups), direct, self._counts)
-        self._tables.rates(self.averages, constant=True)
+        self._tables.average(self.averages)
         self._layout = layout
         self._attach()
 

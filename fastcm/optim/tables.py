@@ -49,6 +49,7 @@ class Tables:
         hyper, limit: float64 ``[groups, 6]`` and ``[1]``.
         rows, shared, norm: scalars of the step, in the dtype of the state.
         averages, shadows: int64, addresses.
+        ramps: see `fastcm.kernels.tick`; `ramped` if there is one.
         gradients: of each parameter, or None.
         version: counts the times that an address changed.
     """
@@ -128,10 +129,20 @@ class Tables:
             self._upload()
         return True
 
-    def rates(self, averages: Sequence[Average], *, constant: bool = False) -> None:
-        """Set how far those averages move in this step whose decay is constant, or is not."""
+    def average(self, averages: Sequence[Average]) -> None:
+        """Set how far those averages move whose decay is constant, and the ramps of others."""
+        ramps = [getattr(average, "ramp", None) or (0.0, 0.0, 0.0, 0.0) for average in averages]
+        self.ramped = any(ramp[0] > 0.0 for ramp in ramps)
+        self.ramps = torch.tensor(ramps, dtype=torch.float64, device="cpu").to(self.counts.device)
         for j, average in enumerate(averages):
-            if constant == (isinstance(average, EMA) and not average.warmup):
+            if isinstance(average, EMA) and not average.warmup:
+                self.shared[2 + j] = 1.0 - average.decay(self.counts[0])
+
+    def rates(self, averages: Sequence[Average], *, ramps: bool) -> None:
+        """Set how far the others move in this step; those with a ramp only if told so."""
+        for j, average in enumerate(averages):
+            constant = isinstance(average, EMA) and not average.warmup
+            if not constant and (ramps or getattr(average, "ramp", None) is None):
                 self.shared[2 + j] = 1.0 - average.decay(self.counts[0])
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ import tolerances
 import torch
 from torch import Tensor
 
+from fastcm import EMA, PowerEMA
 from fastcm.kernels.adam_ema import launch_sweep
 from fastcm.kernels.grad_norm import launch_grad_norm, launch_grad_norm_finish
 from fastcm.kernels.tables import CHUNK, SEGMENT_ALIGN, Segment
@@ -359,3 +360,21 @@ def test_the_norm_has_the_same_bits_in_every_run_and_order_of_segments(device):
     assert torch.equal(partials[0], partials[1]) and torch.equal(partials[0], partials[2])
     exact = sum(leaf.gradient.double().square().sum().item() for leaf in leaves)
     assert partials[0].sum().item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("attempts", [0, 1, 7, 10**7])
+def test_a_tick_sets_how_far_warmed_averages_move(attempts, device):
+    averages = (EMA(0.999, warmup=True), EMA(0.9), PowerEMA(0.1), PowerEMA(0.05), EMA(0.3, True))
+    problem = Problem([Leaf.draw(1, 0, device)])
+    problem.counts[0] = attempts
+    shared = torch.full((2 + len(averages),), GUARD, dtype=FP64, device=device)
+    rows = problem.state.new_empty(1, 8, dtype=FP64)
+    hyper, limit = (torch.tensor(x, dtype=FP64, device=device) for x in (HYPER, [math.inf]))
+    ramps = [average.ramp or (0.0, 0.0, 0.0, 0.0) for average in averages]
+    launch_tick(
+        problem.tensors, hyper, limit, None, problem.steps, rows, shared, problem.norm.double(),
+        problem.counts, torch.tensor(ramps, dtype=FP64, device=device), radam=False,
+    )  # fmt: skip
+    exact = [(1 - average.decay(torch.tensor(attempts))).item() for average in averages]
+    exact[1] = GUARD  # its decay is constant
+    assert shared[2:].tolist() == pytest.approx(exact, rel=1e-9)

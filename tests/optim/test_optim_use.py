@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcm import EMA, AdamW
+from fastcm import EMA, AdamW, PowerEMA
+from fastcm.optim import backends, one_sweep
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -232,3 +233,17 @@ def test_schedulers_may_change_the_betas_and_a_learning_rate_that_is_a_tensor(ba
             optimizer.step()
             scheduler.step()
     assert_same(*nets)
+
+
+def test_a_warmed_average_costs_a_step_of_the_kernels_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(one_sweep, "choose", lambda *_: backends.Triton())
+    net = nn.Linear(3, 2)
+    pytest.importorskip("triton")
+    optimizer = AdamW(net.parameters(), ema=(EMA(0.9, warmup=True), PowerEMA(0.1), EMA(0.5)))
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    monkeypatch.setattr(EMA, "decay", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(PowerEMA, "decay", lambda *_: pytest.fail("launched"))
+    optimizer.step()
