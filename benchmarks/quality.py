@@ -15,7 +15,8 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,22 @@ SETTINGS = {
 
 
 def recipe(setting: Setting, method: str, steps: int, seed: int, flow: Path) -> Recipe:
-    start: dict[str, Any] = {
+    from_run: dict[str, Any] = {
         "cd": {"teacher": str(flow)},
-        "scd": {"teacher": str(flow)},
+        "scd": {"teacher": f"{flow}-trig"},
         "ect": {"init": str(flow)},
         "pairs": {"init": str(flow), "data": f"{flow}-pairs"},
     }.get(method, {})
-    options = {**setting.recipe, **start}
+    options = {**setting.recipe, **from_run}
     return Recipe(method=method, steps=steps, seed=seed, compile="off", **options)
+
+
+def start(setting: Setting, steps: int, seed: int, flow: Path, methods: Iterable[str]) -> None:
+    """The flows that some methods start from; that of `scd` is on its own path."""
+    which = recipe(setting, "flow", steps, seed, flow)
+    train(which, flow)
+    if "scd" in methods:
+        train(replace(which, path="trig"), Path(f"{flow}-trig"))
 
 
 def train(which: Recipe, out: Path) -> None:
@@ -96,7 +105,7 @@ def make_pairs(flow: Path, count: int) -> None:
 def rates(setting: Setting, methods: list[str], folder: Path) -> dict[str, float]:
     """Steps a second of each method, the best of some turns."""
     flow = folder / "rate-flow"
-    train(recipe(setting, "flow", 2, 0, flow), flow)
+    start(setting, 2, 0, flow, methods)
     if "pairs" in methods:
         make_pairs(flow, 512)
     trainers = {
@@ -164,7 +173,7 @@ def main() -> None:
         for seed in range(options.seeds or setting.seeds):
             flow = folder / f"start-{seed}"
             steps = int(0.5 * seconds * speed["flow"])
-            train(recipe(setting, "flow", steps, seed, flow), flow)
+            start(setting, steps, seed, flow, methods)
             if "pairs" in methods:
                 make_pairs(flow, PAIRS)
             for method in methods:
