@@ -81,7 +81,7 @@ def recipe(setting: Setting, method: str, steps: int, seed: int, flow: Path) -> 
     return Recipe(method=method, steps=steps, seed=seed, compile="off", **options)
 
 
-def start(setting: Setting, steps: int, seed: int, flow: Path, methods: Iterable[str]) -> None:
+def make_flows(setting: Setting, steps: int, seed: int, flow: Path, methods: Iterable[str]) -> None:
     """The flows that some methods start from; that of `scd` is on its own path."""
     which = recipe(setting, "flow", steps, seed, flow)
     train(which, flow)
@@ -105,7 +105,7 @@ def make_pairs(flow: Path, count: int) -> None:
 def rates(setting: Setting, methods: list[str], folder: Path) -> dict[str, float]:
     """Steps a second of each method, the best of some turns."""
     flow = folder / "rate-flow"
-    start(setting, 2, 0, flow, methods)
+    make_flows(setting, 2, 0, flow, methods)
     if "pairs" in methods:
         make_pairs(flow, 512)
     trainers = {
@@ -173,7 +173,7 @@ def main() -> None:
         for seed in range(options.seeds or setting.seeds):
             flow = folder / f"start-{seed}"
             steps = int(0.5 * seconds * speed["flow"])
-            start(setting, steps, seed, flow, methods)
+            make_flows(setting, steps, seed, flow, methods)
             if "pairs" in methods:
                 make_pairs(flow, PAIRS)
             for method in methods:
