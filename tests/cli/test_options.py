@@ -125,7 +125,7 @@ def options(case: str, runs: Path) -> dict[str, Any]:
         "flow": {"conditional": True},
         "cd": {"teacher": str(runs / "teacher"), "conditional": True},
         "lcm": {"teacher": str(runs / "teacher"), "conditional": True},
-        "scd": {"teacher": str(runs / "teacher"), "conditional": True},
+        "scd": {"teacher": str(runs / "teacher"), "conditional": True, "path": "linear"},
         "meanflow": {"conditional": True},
         "pairs": {"data": str(runs / "pairs")},
         "stepwise": {"steps": 32, "intervals": "2"},

@@ -42,7 +42,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return {
         "cd": {"teacher": str(flow)},
         "lcm": {"teacher": str(teacher), "conditional": True},
-        "scd": {"teacher": str(flow)},
+        "scd": {"teacher": str(flow), "path": "linear"},
         "ect": {"init": str(flow)},
         "pairs": {"init": str(flow), "data": str(here / "pairs")},
     }
