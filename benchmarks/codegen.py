@@ -38,6 +38,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+RESOURCES = {"sm_80": (8, 163 << 10), "sm_90": (9, 227 << 10), "sm_100": (10, 227 << 10)}
+"""Major compute capability, and bytes of shared memory that one program may have."""
+
 ISSUE_RATE = 3.0e13
 """H200: 132 SMs x 128 lanes x 1.76 GHz, instructions of one lane per second."""
 
@@ -47,7 +50,10 @@ BANDWIDTH = 4.2e12
 
 def compile_launch(item: Launch, target: GPUTarget) -> Any:
     source = ASTSource(item.kernel, item.signature, item.constants, item.attributes)
-    return triton.compile(source, target=target, options={"num_warps": item.num_warps})
+    options = {"num_warps": item.num_warps}
+    if item.num_stages is not None:
+        options["num_stages"] = item.num_stages
+    return triton.compile(source, target=target, options=options)
 
 
 def dump(binary: bytes, *flags: str) -> str:
@@ -114,7 +120,10 @@ def measure(task: tuple[str, str]) -> list[dict[str, Any]]:
     case, arch = task
     target = TARGETS[arch]
     machine = launch.Target(target.warp_size, fast=target.backend == "cuda")
-    with patch.object(launch, "target", lambda x: machine):
+    with (
+        patch.object(launch, "target", lambda x: machine),
+        patch.object(launch, "resources", lambda device: RESOURCES.get(arch, (0, 64 << 10))),
+    ):
         launches = cases()[case]
     rows = []
     for item in launches:
@@ -123,7 +132,10 @@ def measure(task: tuple[str, str]) -> list[dict[str, Any]]:
             compile_launch(item.in_compiled_code(), target)  # raises where it cannot be
         code = (read_cuda if target.backend == "cuda" else read_hip)(compiled)
         constants = item.constants
-        block = constants["BLOCK"] + constants.get("TAIL", 0)
+        if "BLOCK" in constants:
+            block = constants["BLOCK"] + constants.get("TAIL", 0)
+        else:  # attention
+            block = constants["BLOCK_M"] * constants["D"]
         elements = block / (item.num_warps * target.warp_size)
         noised = constants.get("X_NOISED", "key_ptr" in item.signature)
         normals = noised + (constants.get("Y_NOISED", 0) and not constants["SAME_NOISE"])

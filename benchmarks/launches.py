@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcm.kernels import adam_ema, affine, consistency_loss, grad_norm, noising, tick
+from fastcm.kernels import (
+    adam_ema,
+    affine,
+    attention_jvp,
+    consistency_loss,
+    grad_norm,
+    noising,
+    tick,
+)
 from fastcm.kernels.noising import State
 from fastcm.kernels.tables import Segment
 
@@ -42,6 +50,7 @@ class Launch:
     num_warps: int
     widths: tuple[int, ...]
     """Bytes of each element that is read or written: of the sample tensors, or as told."""
+    num_stages: int | None = None
 
     def in_compiled_code(self) -> Launch:
         """The same with the types that torch.compile gives to numbers: float64 and int64."""
@@ -62,7 +71,9 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.record
 
-    def record(self, *args: Any, num_warps: int, **constants: Any) -> None:
+    def record(
+        self, *args: Any, num_warps: int, num_stages: int | None = None, **constants: Any
+    ) -> None:
         signature: dict[str, str] = {}
         attributes: dict[tuple[int, ...], list[list[object]]] = {}
         constants = dict(constants)
@@ -89,7 +100,7 @@ class Recorder:
         if widths is None:
             widths = tuple(sorted(t.element_size() for t in samples.values()))
         self.launches.append(
-            Launch(self.kernel, signature, constants, attributes, num_warps, widths)
+            Launch(self.kernel, signature, constants, attributes, num_warps, widths, num_stages)
         )
 
 
@@ -261,6 +272,21 @@ def sweep_case(
     return recorder.launches
 
 
+def attention_case(
+    dtype: torch.dtype, D: int, tangents: str = "qkv", causal: bool = False, M: int = 1024
+) -> list[Launch]:
+    """Heads inside of tokens; M keys for 1024 rows."""
+    recorder = Recorder(attention_jvp.attention_jvp_kernel, ())
+    q, k, v, o, to = (
+        meta(2, n, 4, D, dtype=dtype).transpose(1, 2) for n in (1024, M, M, 1024, 1024)
+    )
+    given = (torch.empty_like(x) if n in tangents else None for n, x in zip("qkv", (q, k, v)))
+    attention_jvp.launch_attention_jvp(
+        q, k, v, *given, o, to, meta(2, 4, 1024), causal=causal, scale=0.1, kernel=recorder
+    )
+    return recorder.launches
+
+
 def same(x: State) -> State:
     """Another time of the same sample: the same x0 and noise."""
     return State(x.x, per_sample(), per_sample(), x.key)
@@ -305,7 +331,7 @@ def cases() -> dict[str, list[Launch]]:
     rows["x fp32, target fp32, L1, D 16384"] = loss_case(
         samples(FP32, 16384), samples(FP32, 16384), FP32, 16384, consistency_loss.L1, mapped=False
     )
-    return rows | optimizer_cases()
+    return rows | optimizer_cases() | attention_cases()
 
 
 def optimizer_cases() -> dict[str, list[Launch]]:
@@ -326,4 +352,14 @@ def optimizer_cases() -> dict[str, list[Launch]]:
         "p fp64, g fp64, 1 average": sweep_case(FP64, FP64),
         "p fp32, g fp32, 1 average, misaligned": sweep_case(aligned=False),
         "p bf16, g bf16, 1 average, misaligned": sweep_case(BF16, BF16, aligned=False),
+    }
+
+
+def attention_cases() -> dict[str, list[Launch]]:
+    return {
+        "attention bf16, D 64": attention_case(BF16, 64),
+        "attention fp16, D 72, 1000 keys": attention_case(FP16, 72, M=1000),
+        "attention bf16, D 96, causal": attention_case(BF16, 96, causal=True),
+        "attention bf16, D 128": attention_case(BF16, 128),
+        "attention bf16, D 128, tangent of q": attention_case(BF16, 128, "q", M=77),
     }

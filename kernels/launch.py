@@ -7,6 +7,7 @@ adds in the same order on every machine; a measured better one is passed as ``co
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -77,6 +78,15 @@ def target(x: Tensor) -> Target:
     if torch.version.hip is not None:
         return Target(warp_size=64, fast=False)
     return Target(warp_size=32, fast=x.is_cuda)
+
+
+@functools.cache
+def resources(device: torch.device) -> tuple[int, int]:
+    """Major compute capability, 0 if not NVIDIA's, and shared memory of a program in bytes."""
+    if device.type == "cuda" and torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(device)
+        return properties.major, properties.shared_memory_per_block_optin
+    return 0, 2**16
 
 
 def narrowest(*tensors: Tensor | None) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastcm.jvp import registered as registered  # the operator exists
+from fastcm.ops.dispatch import HAS_KERNELS
 
 _SCORES = 2**22
 """Scores held at once; four such tensors live in a block of rows."""
@@ -49,8 +54,12 @@ def attention_dual(
             )
     if tq is None and tk is None and tv is None:
         raise ValueError("attention_dual needs one of tq, tk and tv at least")
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _has_kernel(q, k, v):
+        operands = (x if x is None else _four(x) for x in (q, k, v, tq, tk, tv))
+        o, to, _ = torch.ops.fastcm.attention_dual(*operands, is_causal, scale)
+        return o.reshape(q.shape), to.reshape(q.shape)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     rows = max(1, _SCORES // max(k.shape[-2] * q.shape[:-2].numel(), 1))
     with torch.no_grad():
         blocks = [
@@ -69,6 +78,29 @@ def attention_dual(
             for start in range(0, q.shape[-2], rows)
         ]
         return o, blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Half precision on a GPU, heads of whole 16 bytes up to 128; else torch's own products.
+
+    Those are as fast in float32, where a Triton product of this many operands spills.
+    """
+    D = q.shape[-1]
+    return (
+        HAS_KERNELS
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and D % 8 == 0
+        and D <= 128
+        and v.shape[-1] == D
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def _four(x: Tensor) -> Tensor:
+    """``[Z, H, N, D]``, without a copy."""
+    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
 
 
 def _tangent(
@@ -116,6 +148,14 @@ def attention(
     (q, tq), (k, tk), (v, tv) = duals
     if tq is None and tk is None and tv is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+    q, k, v, tq, tk, tv = (_autocast(x) for x in (q, k, v, tq, tk, tv))
     o, to = attention_dual(q, k, v, tq, tk, tv, is_causal=is_causal, scale=scale)
     out: Tensor = forward_ad.make_dual(o, to)  # type: ignore[no-untyped-call]
     return out
+
+
+def _autocast(x: Any) -> Any:
+    """As autocast would hand it to attention; it does not know operators that are registered."""
+    if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

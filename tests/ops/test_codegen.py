@@ -55,6 +55,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "grad_norm_finish_kernel",
         "tick_kernel",
         "sweep_kernel",
+        "attention_jvp_kernel",
     }
     targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert compiled == {(kernel, target) for kernel in kernels for target in targets}
@@ -83,6 +84,14 @@ def test_no_parameter_has_a_name_that_the_launcher_of_compiled_code_takes():
 
 def test_nothing_spills_or_lives_in_local_memory(rows):
     assert offenders(rows, lambda row: row["spills"] > 0 or row["stack"] > 0) == []
+
+
+def test_attention_fits_into_shared_memory_and_moves_in_vectors(rows):
+    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    attention = [row for row in rows if row["kernel"] == "attention_jvp_kernel"]
+    assert len(attention) == 20
+    assert offenders(attention, lambda r: not 0 < r["shared"] <= 1024 * limits[r["target"]]) == []
+    assert offenders(attention, lambda row: "16" in row["access"] or "8" in row["access"]) == []
 
 
 def test_aligned_floats_move_in_whole_vectors(rows):
