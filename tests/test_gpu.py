@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from operator_cases import NAMES, cases, flat
 from tolerances import assert_close, rounding_slack
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastcm
-from fastcm import ops, rng
-from fastcm.networks import MLP, UNet
+from fastcm import ContinuousConsistency, MeanFlow, jvp, ops, rng
+from fastcm.networks import MLP, DiT, UNet
 from fastcm.ops import Denoised, Noised
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +42,56 @@ def test_an_operator_gives_on_the_gpu_what_it_gives_on_the_cpu(name: str) -> Non
 def test_opcheck_on_the_gpu(name: str) -> None:
     operator, arguments = cases()[name]
     torch.library.opcheck(operator.default, moved(arguments))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [16, 64, 72, 80, 96, 128])
+def test_attention_and_its_tangent_on_the_gpu(D: int, dtype: torch.dtype, causal: bool) -> None:
+    def operands(length: int) -> Tensor:
+        return torch.randn(2, length, 3, D, device="cuda", dtype=dtype).transpose(1, 2)
+
+    q, k, v, tq, tk, tv = (operands(n) for n in (200, 177, 177) * 2)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o, to = jvp.attention_dual(*leaves, tq, tk, tv, is_causal=causal)
+    with sdpa_kernel(SDPBackend.MATH):
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        plain = functools.partial(F.scaled_dot_product_attention, is_causal=causal)
+        exact, tangent = torch.func.jvp(plain, tuple(wide), (tq.double(), tk.double(), tv.double()))
+        same = torch.func.jvp(plain, (q, k, v), (tq, tk, tv))
+    assert_close(o.detach(), exact.detach(), same[0])
+    assert_close(to, tangent.detach(), same[1])
+    g = torch.randn_like(o)
+    o.backward(g)
+    exact.backward(g.double())
+    for mine, theirs in zip(leaves, wide, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("given", ["qkv", "q"])
+def test_opcheck_of_attention_on_the_gpu(given: str) -> None:
+    q, k, v = (torch.randn(2, 3, 50, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    tangents = [torch.randn_like(x) if n in given else None for n, x in zip("qkv", (q, k, v))]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.fastcm.attention_dual.default, (*leaves, *tangents, True, 0.1))
+
+
+@pytest.mark.parametrize("method", [MeanFlow(), ContinuousConsistency()], ids=["meanflow", "sct"])
+def test_derivatives_of_a_transformer_compile_on_the_gpu(method: Any) -> None:
+    two = isinstance(method, MeanFlow)
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        net = DiT(4, 16, width=128, depth=2, num_heads=2, two_times=two).cuda()
+        data = torch.randn(256, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        trainer = fastcm.Trainer(
+            net, method, data=data.cuda(), batch_size=32, precision="bf16", compile=compile,
+            progress=False, log=lambda line: None,
+        )  # fmt: skip
+        losses.append([float(trainer.train_step()) for _ in range(4)])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.05, atol=0)
 
 
 def loss_of(F: Tensor, x0: Tensor, key: Tensor, a: Tensor, b: Tensor) -> Tensor:
