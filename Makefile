@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-missing quality lint clean
+.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention gpu-missing quality lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
@@ -21,13 +21,14 @@ gpu:
 	-$(MAKE) gpu-optim
 	-$(MAKE) gpu-step
 	-$(MAKE) gpu-sampling
+	-$(MAKE) gpu-attention
 	-$(MAKE) gpu-jvp
 	$(MAKE) gpu-missing
 
 gpu-correctness:
 	$(GPU) -m gpu tests
 
-gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp: gpu-%:
+gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention: gpu-%:
 	$(GPU) -s benchmarks/test_$*.py
 
 gpu-missing:

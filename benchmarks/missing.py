@@ -10,7 +10,7 @@ import sys
 
 from benchmarks.harness import folder
 
-PARTS = ("ops", "optim", "step", "sampling", "jvp")
+PARTS = ("ops", "optim", "step", "sampling", "jvp", "attention")
 
 
 def main() -> None:

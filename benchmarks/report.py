@@ -183,14 +183,15 @@ def codegen_summary(report: dict[str, Any]) -> str:
     targets = sorted({row["target"] for row in rows})
     noising = [row for row in hopper if row["kernel"] == "noising_kernel"]
     normals = max(row["instructions_per_normal"] for row in noising)
-    bound = [row for row in hopper if row["ridge"] == "memory"]
+    moving = [row for row in hopper if row["ridge"]]
+    bound = [row for row in moving if row["ridge"] == "memory"]
     return (
         f"{len(hopper)} launches compiled by triton {report['triton']} for {', '.join(targets)}: "
         f"{sum(row['spills'] for row in rows)} spills, {sum(row['stack'] for row in rows)} bytes "
         f"of stack. On sm_90 at most {max(row['registers'] for row in hopper)} registers, and "
         f"{normals:.0f} instructions per normal in noising (static counts of the whole kernel); "
-        f"by bytes against instructions {len(bound)} of the {len(hopper)} are bound by an H200's "
-        "memory."
+        f"by bytes against instructions {len(bound)} of the {len(moving)} that move samples or "
+        "parameters are bound by an H200's memory."
     )
 
 

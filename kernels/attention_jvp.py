@@ -63,7 +63,7 @@ def configure(D: int, major: int, shared: int, warp_size: int) -> AttentionConfi
             return AttentionConfig(128, 32, 8, 2 if wide else 3)
         return AttentionConfig(128, 64, 8, 3 if D <= 96 else 2)
     if not wide:
-        return AttentionConfig(128, 64, 8, 2)
+        return AttentionConfig(128, 32, 8, 3)
     return AttentionConfig(64, 64 if second == 0 and shared >= 120 * 1024 else 32, 8, 2)
 
 

@@ -117,7 +117,8 @@ def _tangent(
 ) -> Tensor:
     """The tangent of these rows of o; softmax in float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (scale * (q[..., rows, :] @ k.mT)).to(wide)
+    o, q = o[..., rows, :], scale * q[..., rows, :]
+    scores = (q @ k.mT).to(wide)
     if is_causal:
         i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
         hidden = torch.arange(k.shape[-2], device=q.device) > i
@@ -125,13 +126,13 @@ def _tangent(
     P = scores.softmax(-1)
     out: Tensor | None = None if tv is None else P.to(v.dtype) @ tv
     if tq is not None or tk is not None:
-        left = None if tq is None else tq[..., rows, :] @ k.mT
-        right = None if tk is None else q[..., rows, :] @ tk.mT
+        left = None if tq is None else scale * tq[..., rows, :] @ k.mT
+        right = None if tk is None else q @ tk.mT
         tS = right if left is None else left if right is None else left + right
         assert tS is not None
         # rounded before its sum is taken: constants in v then cancel to the last bit
-        H = (P * (scale * tS)).to(v.dtype)
-        moved = H @ v - H.sum(-1, keepdim=True, dtype=wide).to(o.dtype) * o[..., rows, :]
+        H = (P * tS).to(v.dtype)
+        moved = H @ v - H.sum(-1, keepdim=True, dtype=wide).to(o.dtype) * o
         out = moved if out is None else out + moved
     assert out is not None
     return out
