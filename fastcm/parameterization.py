@@ -52,6 +52,7 @@ class Parameterization:
     of consistency models. The exception is "edm", a teacher's plain preconditioning.
 
     Raises:
+        TypeError: path is a name or a class.
         ValueError: unknown prediction, or one that the path cannot carry.
     """
 
@@ -59,6 +60,11 @@ class Parameterization:
     prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, Path):
+            raise TypeError(
+                "path must be an object such as fastcm.Linear() or fastcm.VarianceExploding(), got "
+                f"{self.path!r:.80}"
+            )
         if self.prediction is None:
             object.__setattr__(self, "prediction", cast(Prediction, self.path.default_prediction))
         if self.prediction not in get_args(Prediction):

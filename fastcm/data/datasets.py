@@ -50,6 +50,12 @@ class Dataset:
             raise ValueError(f"empty data: x has shape {list(self.x.shape)}")
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
             raise ValueError("x must be finite in float32, got NaN or infinity")
+        if self.x.is_floating_point() and self.x.min() >= 0 and self.x.max() > 50:
+            warnings.warn(
+                f"x is in 0..{self.x.max().item():.4g}, where about -1..1 is expected: give pixels "
+                "as uint8, or scale them",
+                stacklevel=3,
+            )
         if self.labels is None:
             if self.num_classes is not None:
                 raise ValueError(f"num_classes={self.num_classes} was given without labels")

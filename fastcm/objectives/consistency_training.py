@@ -147,11 +147,16 @@ def pair_loss(
 
 
 def check_consistency(p: Parameterization, n: int | Curriculum) -> None:
-    """Raise ValueError for a student without boundary condition or fewer than 1 interval."""
+    """Raise for a student without boundary condition, or what is no number of intervals >= 1."""
     if p.prediction == "edm":
         raise ValueError(
             "prediction 'edm' is not the identity at t_min, as a consistency model must be; "
             "use 'cm', which takes the same weights"
+        )
+    if not isinstance(n, int) and not callable(getattr(n, "points", None)):
+        raise TypeError(
+            "discretization must be an int or a curriculum such as "
+            f"fastcm.schedules.ICTCurriculum(total_steps), got {n!r:.80}"
         )
     if isinstance(n, int) and n < 1:
         raise ValueError(f"discretization must be >= 1 interval, got {n}")

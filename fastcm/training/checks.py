@@ -31,6 +31,47 @@ def trainable(net: nn.Module) -> list[nn.Parameter]:
     return found
 
 
+def check_types(
+    net: nn.Module, objective: Objective, optimizer: object, lr_schedule: object
+) -> None:
+    """Names and classes where objects are wanted; an optimizer of other parameters."""
+    for name, example in (
+        ("weight", "fastcm.losses.snr"),
+        ("times", "fastcm.schedules.UniformTime()"),
+        ("metric", "fastcm.losses.PseudoHuber()"),
+    ):
+        value = getattr(objective, name, None)
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a function such as {example}, got {value!r:.80}")
+    if not callable(lr_schedule) or hasattr(lr_schedule, "get_last_lr"):
+        raise TypeError(
+            "lr_schedule must be a function of the step, a factor of the learning rate, such as "
+            f"fastcm.schedules.warmup_cosine(100, 1000), got {type(lr_schedule).__name__}; a "
+            "scheduler of torch is stepped in a callback"
+        )
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, such as "
+            f"fastcm.AdamW(net.parameters(), lr=1e-3), got {optimizer!r:.80}"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = trainable(net)
+    missing = sum(id(p) not in held for p in wanted)
+    if missing == len(wanted):
+        raise ValueError(
+            "the optimizer holds no parameter of net: make it of net.parameters(), after net is "
+            "what is to be trained"
+        )
+    if missing:
+        warnings.warn(
+            f"the optimizer leaves {missing} of the {len(wanted)} parameters of net as they are; "
+            "requires_grad_(False) on them says that this is meant",
+            stacklevel=3,
+        )
+
+
 def check_clipping(max_grad_norm: float | None) -> None:
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")

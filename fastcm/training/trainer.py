@@ -25,6 +25,7 @@ from fastcm.training.checks import (
     check_clipping,
     check_network,
     check_teacher,
+    check_types,
     device_of,
     trainable,
 )
@@ -124,6 +125,7 @@ class Trainer:
         )
         device = device_of(net, device)
         check_clipping(max_grad_norm)
+        check_types(net, objective, optimizer, lr_schedule)
         self.net, self.objective = net.to(device), objective
         check_teacher(objective, net, device)
         check_network(net, objective)

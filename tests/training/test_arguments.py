@@ -1,0 +1,76 @@
+"""What is no network, optimizer or function of the right kind is refused by name, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastcm
+from fastcm import ConsistencyTraining, Dataset, FlowMatching, Parameterization, Trainer
+from fastcm.networks import MLP
+
+DATA = torch.randn(16, 2)
+
+
+def train(objective: Any = None, optimizer: Any = None, **options: Any) -> Trainer:
+    net = options.pop("net", None) or MLP((2,), width=8, depth=1)
+    return Trainer(
+        net,
+        objective or FlowMatching(),
+        optimizer,
+        data=DATA,
+        batch_size=8,
+        progress=False,
+        **options,
+    )
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "path": (lambda: Parameterization("linear"), r"path must be an object .* got 'linear'"),
+    "sampler": (lambda: fastcm.Sampler(MLP((2,)), "linear", steps=1), "path must be an object"),
+    "metric": (lambda: train(ConsistencyTraining(metric="l2")), "metric must be a function"),
+    "weight": (lambda: train(FlowMatching(weight="snr")), r"weight must be .* got 'snr'"),
+    "times": (lambda: train(FlowMatching(times="uniform")), r"times must be .* got 'uniform'"),
+    "discretization": (
+        lambda: ConsistencyTraining(discretization=0.5),
+        r"discretization must be an int .* got 0\.5",
+    ),
+    "class": (lambda: train(None, fastcm.AdamW), "optimizer must be a torch.optim.Optimizer"),
+    "rate": (lambda: train(None, 1e-3), r"optimizer must be .* got 0\.001"),
+    "schedule": (lambda: train(lr_schedule=1e-3), "lr_schedule must be a function .* got float"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_and_classes_are_refused_where_objects_are_wanted(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_scheduler_of_torch_is_no_schedule() -> None:
+    net = MLP((2,), width=8, depth=1)
+    optimizer = torch.optim.AdamW(net.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(TypeError, match=r"lr_schedule must be .* got StepLR"):
+        train(None, optimizer, net=net, lr_schedule=scheduler)
+
+
+def test_an_optimizer_of_another_network_is_refused_and_of_a_part_is_told() -> None:
+    net, other = (MLP((2,), width=8, depth=1) for _ in range(2))
+    with pytest.raises(ValueError, match="holds no parameter of net"):
+        train(None, torch.optim.AdamW(other.parameters()), net=net)
+    first = next(net.parameters())
+    with pytest.warns(UserWarning, match="leaves .* of the .* parameters of net"):
+        train(None, torch.optim.AdamW([first]), net=net)
+    for p in net.parameters():
+        p.requires_grad_(p is first)
+    train(None, torch.optim.AdamW([first]), net=net)
+
+
+def test_float_pixels_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"x is in 0\.\..*uint8"):
+        Dataset(torch.rand(8, 3) * 255 + 0.5)
