@@ -86,17 +86,34 @@ def join() -> bool:
             f'parallel="ddp" needs processes that know each other, by {", ".join(missing)}: '
             f"start them with {_COMMAND}"
         )
-    launched()
+    rank, count = launched()
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         torch.cuda.set_device(torch.device(local_device()))
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend)
+        store = _store() if os.environ.get("LOCAL_WORLD_SIZE") == str(count) else None
+        if store is None:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     except RuntimeError as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(f"the processes did not meet at {at}: {error!s:.300}") from error
     return True
+
+
+def _store() -> Any:
+    """Where processes of one host find each other, apart from those before a restart.
+
+    torchrun keeps its store, and with it where the dead ones listened: pytorch issue 135712. Only
+    on one host have all processes the same number of restarts.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://")))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start_{start}", store)  # type: ignore[attr-defined]
 
 
 @contextmanager
