@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -173,15 +174,20 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         return
     if trainer.interrupted is not None and trainer.step < steps:
         name, step = trainer.interrupted.name, trainer.step
-        print(f"{out}: stopped by {name} at step {step}, continue with: {_resuming(sys.argv)}")
+        again = _resuming(sys.argv, processes)
+        print(f"{out}: stopped by {name} at step {step}, continue with: {again}")
         return
     console.print(f"{out}: {trainer.step} steps, {trainer.metrics or 'nothing left to do'}")
 
 
-def _resuming(command: list[str]) -> str:
+def _resuming(command: list[str], processes: Processes) -> str:
     """The command line that continues the one given."""
     program, *arguments = command
-    if Path(program).name == "__main__.py":
+    if processes.joined:
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(processes.count)
+        how = ["--standalone", "--nproc-per-node", str(processes.count)] if one_host else ["..."]
+        start = ["torchrun", *how, "-m", "fastcm"]
+    elif Path(program).name == "__main__.py":
         start = [sys.executable, "-m", "fastcm"]
     else:
         start = [program]
