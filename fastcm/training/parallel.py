@@ -325,7 +325,7 @@ class MeanGradients:
 
     def __init__(self, parameters: list[nn.Parameter], *, idle: bool) -> None:
         self._ddp = nn.parallel.DistributedDataParallel(
-            _Calls(parameters), find_unused_parameters=idle
+            _Calls(parameters), find_unused_parameters=idle, gradient_as_bucket_view=True
         )
 
     def __call__(self, loss: Callable[..., T], *arguments: Any, last: bool = True) -> T:
