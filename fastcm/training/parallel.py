@@ -87,9 +87,9 @@ def join() -> bool:
             f"start them with {_COMMAND}"
         )
     rank, count = launched()
-    backend = "gloo"
-    if torch.cuda.is_available() and dist.is_nccl_available():
-        torch.cuda.set_device(torch.device(local_device()))
+    local, backend = int(os.environ.get("LOCAL_RANK", rank)), "gloo"
+    if local < torch.cuda.device_count() and dist.is_nccl_available():
+        torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
         store = _store() if os.environ.get("LOCAL_WORLD_SIZE") == str(count) else None
