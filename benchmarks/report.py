@@ -176,6 +176,21 @@ def quality_table(report: dict[str, Any]) -> str:
     return markdown("method | steps | " + " | ".join(map(str, calls)), rows, note)
 
 
+def parallel_table(report: dict[str, Any]) -> str:
+    """What a process group of one costs a step."""
+    rows = [
+        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['batch']} "
+        f"| {row['ms']['alone']:.1f} ms | {row['ms']['ddp']:.1f} ms "
+        f"| {100 * (row['ddp/alone'] - 1):+.1f} %"
+        for row in report["rows"]
+    ]
+    note = (
+        f"A step of CT in one process, without and in a process group, on {machine_of(report)}; "
+        "both end in the same bits."
+    )
+    return markdown("network | parameters | batch | alone | ddp | more", rows, note)
+
+
 def codegen_summary(report: dict[str, Any]) -> str:
     """What the kernels compile to, in one paragraph."""
     rows = report["rows"]
@@ -204,11 +219,13 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "jvp": ("jvp_cpu", jvp_table),
     "codegen": ("codegen", codegen_summary),
     "quality": ("quality_cpu", quality_table),
+    "parallel": ("parallel_cpu", parallel_table),
     "photographs": ("quality_photographs_cpu", quality_table),
 }
 PAGES = {
-    "README.md": tuple(name for name in SECTIONS if name != "photographs"),
+    "README.md": tuple(name for name in SECTIONS if name not in ("photographs", "parallel")),
     "docs/methods.md": ("quality", "photographs"),
+    "docs/scale.md": ("parallel",),
 }
 
 

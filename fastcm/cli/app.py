@@ -20,6 +20,7 @@ from fastcm.cli.pairs import pairs
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
+from fastcm.training.parallel import Disagreement, PeerError, shown_elsewhere
 
 app = typer.Typer(
     help="Train, distil and sample few-step generative models.",
@@ -70,8 +71,9 @@ def main() -> None:
     """Run the command line; errors of the user end in one line and exit code 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, NonFiniteError) as error:
-        print(f"fastcm: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, NonFiniteError, PeerError) as error:
+        if not shown_elsewhere(error, (Disagreement, NonFiniteError)):
+            print(f"fastcm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from fastcm.cli.sample import fill
 from fastcm.data.loading import PAIRS
 from fastcm.runs.checkpoint import CHECKPOINTS
 from fastcm.sampling import Sampler
+from fastcm.training.parallel import local_device
 
 
 def pairs(
@@ -31,7 +31,8 @@ def pairs(
 
     A shard holds samples and the range of their indices; the noise follows from the seed. The
     folder is filled batch by batch: the same command continues where it was stopped, and processes
-    with ranges of their own (--first, --n) work on it side by side.
+    with ranges of their own (--first, --n) work on it side by side. Those of torchrun divide the
+    range among them.
     """
     if (out / CHECKPOINTS).exists():
         raise ValueError(f"--out {out} is the directory of a run, choose another")
@@ -41,7 +42,7 @@ def pairs(
         method="ode",
         solver=solver,
         ema=ema,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=local_device(),
         batch_size=batch,
     )
     fill(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 from fastcm.cli.runs import condition, labels, sampling_method
-from fastcm.cli.sample_folder import check_range, sample_folder
+from fastcm.cli.sample_folder import check_range, sample_folder, share
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Sampler
+from fastcm.training.parallel import launched, local_device
 
 
 def sample(
@@ -45,7 +45,8 @@ def sample(
     """Draw samples from a trained run.
 
     A folder is filled batch by batch: the same command continues where it was stopped, and
-    processes with ranges of their own (--first, --n) work on it side by side.
+    processes with ranges of their own (--first, --n) work on it side by side. Those of torchrun
+    divide the range among them.
     """
     if (out / CHECKPOINTS).exists():
         raise ValueError(f"--out {out} is the directory of a run, choose another")
@@ -53,19 +54,20 @@ def sample(
         raise ValueError(f"--out must end in .png or .npy, or name a folder, got {out}")
     if format is not None and out.suffix:
         raise ValueError(f"--format is that of the files in a folder, and --out {out} is one file")
+    if out.suffix and launched()[1] > 1:
+        raise ValueError(f"processes of torchrun fill a folder together, and --out {out} is a file")
     check_range(n, first)
     if method is None:
         method = sampling_method(run)
     if method != "ode" and solver != "euler":
         raise ValueError(f"--solver has a meaning only with --method ode, not {method}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = Sampler.from_run(
         run,
         steps=steps,
         method=method,
         solver=solver,
         ema=ema,
-        device=device,
+        device=local_device(),
         batch_size=batch,
         precision=precision,
         compile=compile,
@@ -92,20 +94,31 @@ def sample(
 
 
 def fill(
-    run: Path, out: Path, n: int, sampler: Sampler, *, ema: int, precision: str, **options: Any
+    run: Path,
+    out: Path,
+    n: int,
+    sampler: Sampler,
+    *,
+    ema: int,
+    precision: str,
+    first: int,
+    **options: Any,
 ) -> None:
-    """Draw from a run into a folder, and say what was done."""
+    """Draw from a run into a folder, this process's share, and say what was done."""
+    check_range(n, first)
+    mine = share(range(first, first + n), sampler.batch_size, *launched())
     found, _ = load_newest(run, only=set(), requires=RUN_STATE)
     source = {"step": found.state["step"], "ema": ema, "precision": precision}
-    done = sample_folder(sampler, out, n, source=source, **options)
-    if n == 0:
-        print(f"{out}: --n 0, nothing to draw, nothing written")
+    done = sample_folder(sampler, out, len(mine), first=mine.start, source=source, **options)
+    name = str(out) if len(mine) == n else f"{out} from {mine.start} on"
+    if not mine:
+        print(f"{out}: {'--n 0, ' if n == 0 else ''}nothing to draw, nothing written")
         return
     rate = f" at {done.drawn / done.seconds:.1f} img/s" if done.drawn else ""
     said = f"{done.drawn} drawn{rate}, {done.present} there before"
     if done.interrupted is None:
-        print(f"{out}: {said}")
+        print(f"{name}: {said}")
         return
-    left = n - done.drawn - done.present
-    print(f"{out}: stopped by {done.interrupted.name}: {said}, {left} left for the same command")
+    left = len(mine) - done.drawn - done.present
+    print(f"{name}: stopped by {done.interrupted.name}: {said}, {left} left for the same command")
     raise typer.Exit(128 + done.interrupted)

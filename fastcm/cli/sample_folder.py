@@ -159,6 +159,17 @@ def check_range(n: int, first: int) -> None:
         )
 
 
+def share(indices: range, batch_size: int, rank: int, count: int) -> range:
+    """Which of the indices one of `count` processes draws: whole batches, as equal as they come.
+
+    Files and their contents are then those of one process.
+    """
+    start, end = indices.start // batch_size, -(-indices.stop // batch_size)
+    cuts = (start + (end - start) * r // count for r in (rank, rank + 1))
+    low, high = (min(max(cut * batch_size, indices.start), indices.stop) for cut in cuts)
+    return range(low, high)
+
+
 def _is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3, 4)
 

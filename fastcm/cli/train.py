@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -18,9 +19,12 @@ from fastcm.cli.runs import RUN_FILE, open_run
 from fastcm.runs.files import replace_file
 from fastcm.sampling import Sampler, append_weight
 from fastcm.training import Trainer
+from fastcm.training.parallel import Processes, joined, launched, local_device
 from fastcm.training.trainer import Callback
 
 console = Console()
+_OF_ONE_START = ("out", "config", "resume", "parallel")
+"""Options that say nothing about what a run is."""
 
 
 def _names(table: Any) -> str:
@@ -109,6 +113,9 @@ def train(
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     compile: Annotated[str, typer.Option(help="auto (the faster), on or off")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help="ddp: the processes of torchrun share every batch")
+    ] = None,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: at the end")] = 500,
     keep: Annotated[int, typer.Option(help="checkpoints to keep")] = 3,
     keep_every: Annotated[
@@ -131,41 +138,56 @@ def train(
 ) -> None:
     """Train a network; the run can be interrupted at any time and continued with --resume."""
     given: dict[str, Any] = dict(locals())
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    options: dict[str, Any] = {k: v for k, v in given.items() if k in fields}
-    recipe = Recipe(**{**options, "ema": tuple(ema)})
-    settings = dataclasses.asdict(recipe)
-    callbacks = [sample_pictures(out, sample_every)] if sample_every else []
-    # everything that can be refused is refused before the directory is made
-    trainer = recipe.trainer(
-        out,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        save_every=save_every,
-        keep=keep,
-        keep_every=keep_every,
-        tensorboard=tensorboard,
-        log_every=log_every,
-        callbacks=callbacks,
-    )
+    if parallel is None and launched()[1] > 1:
+        raise ValueError(f"{launched()[1]} processes of torchrun need --parallel ddp")
+    with joined(cast(Any, parallel)) as processes:
+        _train(given, processes)
+
+
+def _train(given: dict[str, Any], processes: Processes) -> None:
+    """`train` by its options, in one of the processes that share it."""
+    out: Path = given["out"]
+    with processes.together():  # everything that can be refused is, before the directory is made
+        fields = {field.name for field in dataclasses.fields(Recipe)}
+        options: dict[str, Any] = {k: v for k, v in given.items() if k in fields}
+        recipe = Recipe(**{**options, "ema": tuple(given["ema"])})
+        settings = dataclasses.asdict(recipe)
+        every = given["sample_every"] if processes.first else 0
+        passed = ("save_every", "keep", "keep_every", "tensorboard", "log_every", "parallel")
+        trainer = recipe.trainer(
+            out,
+            device=given["device"] or local_device(),
+            callbacks=[sample_pictures(out, every)] if every else [],
+            **{name: given[name] for name in passed},
+        )
     used = (out / RUN_FILE).exists()
-    if open_run(out, settings, resume=resume):
+    if processes.from_first(lambda: open_run(out, settings, resume=given["resume"])):
         trainer.load()
-        console.print(f"resumed {out} at step {trainer.step}", highlight=False)
-    if not used:
-        repeat = {k: v for k, v in given.items() if k not in ("out", "config", "resume")}
+        if processes.first:
+            console.print(f"resumed {out} at step {trainer.step}", highlight=False)
+    if processes.first and not used:
+        repeat = {k: v for k, v in given.items() if k not in _OF_ONE_START}
         replace_file(out / toml.RUN_TOML, toml.dump({**repeat, **settings}).encode())
+    steps = recipe.steps
     trainer.fit(max(steps - trainer.step, 0))
+    if not processes.first:
+        return
     if trainer.interrupted is not None and trainer.step < steps:
         name, step = trainer.interrupted.name, trainer.step
-        print(f"{out}: stopped by {name} at step {step}, continue with: {_resuming(sys.argv)}")
+        again = _resuming(sys.argv, processes)
+        print(f"{out}: stopped by {name} at step {step}, continue with: {again}")
         return
     console.print(f"{out}: {trainer.step} steps, {trainer.metrics or 'nothing left to do'}")
 
 
-def _resuming(command: list[str]) -> str:
+def _resuming(command: list[str], processes: Processes) -> str:
     """The command line that continues the one given."""
     program, *arguments = command
-    if Path(program).name == "__main__.py":
+    if processes.joined:
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(processes.count)
+        how = ["--standalone", "--nproc-per-node", str(processes.count)] if one_host else ["..."]
+        start = ["torchrun", *how, "-m", "fastcm"]
+    elif Path(program).name == "__main__.py":
         start = [sys.executable, "-m", "fastcm"]
     else:
         start = [program]

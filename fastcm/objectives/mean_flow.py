@@ -72,6 +72,11 @@ class MeanFlow:
             raise ValueError("guidance and condition_dropout need null_condition, got None")
 
     @property
+    def period(self) -> int:
+        """Row i of a batch is treated as row i + period."""
+        return self.share.denominator
+
+    @property
     def share(self) -> Fraction:
         """Of the rows with s = t."""
         return Fraction(self.instant).limit_denominator(16)

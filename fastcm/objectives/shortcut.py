@@ -57,6 +57,11 @@ class Shortcut:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"Shortcut clip must be > 0 or None, got {self.clip}")
 
+    @property
+    def period(self) -> int:
+        """Row i of a batch is treated as row i + period."""
+        return self.every
+
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, d) of every row, float64 ``[B]``: d = t - s is 0 in the rows of flow matching."""
         u, levels = batch.uniform(rng.TIME), math.log2(self.steps) + 1

@@ -4,8 +4,9 @@
 the result, and all of it may be one CUDA graph. `settings` is what a run was asked to do, `state`
 what changes from step to step, and these two are all that the rest knows: `checkpoint` and
 `configuration` turn them into what is saved, `saving` and `writer` save beside the training,
-`logging` and `finite` read numbers late, `interrupt` turns a signal into an orderly end. Imports
-everything below, but neither sampling nor evaluation.
+`logging` and `finite` read numbers late, `reports` tells them, `interrupt` turns a signal into an
+orderly end, and `parallel` makes several processes one. Imports everything below, but neither
+sampling nor evaluation.
 """
 
 from fastcm.training.finite import NonFiniteError as NonFiniteError

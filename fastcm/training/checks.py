@@ -6,8 +6,11 @@ import warnings
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from fastcm.data import DeviceData
+from fastcm.data import DeviceData, Source
+from fastcm.data.sources import IterableData
 from fastcm.losses import Learned
 from fastcm.objectives.base import Objective
 
@@ -140,3 +143,23 @@ def check_classes(net: nn.Module, source: object, objective: Objective) -> None:
         raise ValueError(f"the data has {data} classes, the network num_classes={classes}")
     if classes is not None and isinstance(null, int) and not 0 <= null <= classes:
         raise ValueError(f"null_condition must be in [0, {classes}], got {null}")
+
+
+def check_parallel(net: nn.Module, source: Source) -> None:
+    """What would make a training depend on how many processes share it."""
+    if isinstance(source, IterableData):
+        raise ValueError(
+            "several processes need data whose rows do not depend on who reads them, got an "
+            "iterable of batches: give a tensor, a Dataset, a path or a Source"
+        )
+    for name, module in net.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise ValueError(
+                f"{name} drops activations by torch's generator, of which every process has its "
+                "own: several processes need a network without dropout"
+            )
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"{name} normalises by the rows that one process has: several processes need "
+                "another norm, such as GroupNorm, or nn.SyncBatchNorm.convert_sync_batchnorm(net)"
+            )

@@ -1,11 +1,14 @@
-"""What must agree for a run to be resumed."""
+"""What must agree for a run to be resumed, and what a sampler must know of it."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from torch import nn
+
 from fastcm.data import Source
+from fastcm.objectives.base import Objective
 from fastcm.runs.description import describe
 from fastcm.training.lr import Schedule
 from fastcm.training.settings import Settings
@@ -34,6 +37,17 @@ def configuration(
         "precision": gradients.precision,
         "accumulate": gradients.accumulate,
         "data": source.describe(),
+    }
+
+
+def metadata_of(net: nn.Module, objective: Objective) -> dict[str, Any]:
+    """What a sampler must know of a network; "shape" is that of a sample, once it is seen."""
+    null = getattr(objective, "null_condition", None)
+    return {
+        "network": getattr(net, "description", None),
+        "parameterization": describe(objective.parameterization),
+        "null_condition": null if isinstance(null, int) else None,
+        "shape": None,
     }
 
 

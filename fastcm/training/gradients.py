@@ -16,6 +16,7 @@ from fastcm.objectives.base import Batch, Loss, Objective
 from fastcm.ops.dispatch import Door, door
 from fastcm.precision import Autocast, Precision, check_precision
 from fastcm.rng import NoiseKey
+from fastcm.training.parallel import MeanGradients, Processes, lost_peers
 
 Compile = Literal["auto", "regional"] | bool
 
@@ -44,6 +45,7 @@ class Gradients:
         paired: whether the rows of x0 come with their noise, ``[B, 2, ...]``.
         accumulate: micro-batches that a batch is cut into. Noise and times are those of the
             whole batch, gradients too, to rounding.
+        processes: that compute gradients of their rows each; their mean is what is left.
         log: receives one line about the choice that "auto" made.
     """
 
@@ -57,6 +59,7 @@ class Gradients:
         compile: Compile = "auto",
         accumulate: int = 1,
         paired: bool = False,
+        processes: Processes | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_precision(precision)
@@ -70,6 +73,8 @@ class Gradients:
         self.precision = precision
         self.accumulate = accumulate
         self.paired = paired
+        self.processes = processes or Processes()
+        self._mean: MeanGradients | None = None
         self._log = log
         if compile == "regional":
             compile_blocks(net)
@@ -113,25 +118,58 @@ class Gradients:
         if self._fuse is None:
             long = remaining >= _WORTH_FUSING_STEPS
             self._fuse = self._may_fuse and long and door(x0, noisy=True) is Door.KERNEL
+        if self.processes.joined and self._mean is None:
+            self._mean = self._prepared(x0, cond, key)
         if self.compiled is None:
-            self.compiled = self._choose(x0, cond, key, remaining)
-        return self._run(self.compiled, x0, cond, key)
+            self.compiled = self.processes.from_first(
+                lambda: self._choose(x0, cond, key, remaining)
+            )
+        with lost_peers():
+            return self._run(self.compiled, x0, cond, key, self._mean)
 
-    def _run(self, compiled: bool, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> Tensor:
+    def _prepared(self, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> MeanGradients:
+        """Averages gradients from the first step as from any later one.
+
+        It sums them in the order of their first arrival, so that has to be before: two passes that
+        leave no trace, the first of which tells who receives none.
+        """
+        with _undone(self.net, self._parameters, x0.device):
+            self._backward(self._loss, x0, cond, key)
+            idle = any(p.grad is None for p in self._parameters)
+            for parameter in self._parameters:
+                parameter.grad = None
+            mean = MeanGradients(self._parameters, idle=idle)
+            with lost_peers():
+                self._backward(self._loss, x0, cond, key, mean)
+        return mean
+
+    def _run(
+        self,
+        compiled: bool,
+        x0: Tensor,
+        cond: Tensor | None,
+        key: NoiseKey,
+        mean: MeanGradients | None = None,
+    ) -> Tensor:
         if not compiled:
-            return self._backward(self._loss, x0, cond, key)
+            return self._backward(self._loss, x0, cond, key, mean)
         self._warm += 1
         if self._warm <= _WARMUP:
-            return self._backward(self._compiled_loss, x0, cond, key)
+            return self._backward(self._compiled_loss, x0, cond, key, mean)
         # every shape has been seen: another compilation would be a mistake that costs minutes
         with torch.compiler.set_stance("fail_on_recompile"):
-            return self._backward(self._compiled_loss, x0, cond, key)
+            return self._backward(self._compiled_loss, x0, cond, key, mean)
 
     def _backward(
-        self, loss: Callable[..., Loss], x0: Tensor, cond: Tensor | None, key: NoiseKey
+        self,
+        loss: Callable[..., Loss],
+        x0: Tensor,
+        cond: Tensor | None,
+        key: NoiseKey,
+        mean: MeanGradients | None = None,
     ) -> Tensor:
         if self.accumulate == 1:
-            value = loss(x0, cond, key.tensor)
+            value = loss(x0, cond, key.tensor) if mean is None else mean(loss, x0, cond, key.tensor)
             value.backward()
             return value.mean.detach()
         count, ragged = divmod(len(x0), self.accumulate)
@@ -140,8 +178,11 @@ class Gradients:
         total = torch.zeros((), dtype=torch.float64, device=x0.device)
         at = key.tensor.clone()
         for rows in range(0, len(x0), count):
-            part = None if cond is None else cond[rows : rows + count]
-            value = loss(x0[rows : rows + count], part, at)
+            part = (x0[rows : rows + count], None if cond is None else cond[rows : rows + count])
+            if mean is None:
+                value = loss(*part, at)
+            else:
+                value = mean(loss, *part, at, last=rows + count == len(x0))
             value.backward(1 / self.accumulate)
             total += value.mean.detach() / self.accumulate
             at = at.clone()  # the noise of row i is that of row i of the whole batch

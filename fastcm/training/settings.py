@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,16 @@ class Settings:
         """Whether a checkpoint of this step is wanted in passing."""
         every = (self.save_every, self.keep_every)
         return self.directory is not None and any(n and step % n == 0 for n in every)
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the directory, which may have another name on another host."""
+        return {name: value for name, value in asdict(self).items() if name != "directory"}
+
+    def run(self, verb: str, directory: str | Path | None) -> Path:
+        """The directory to save to or load from, default that of the run."""
+        run = self.directory if directory is None else Path(directory)
+        if run is None:
+            raise ValueError(
+                f"{verb} needs a directory: Trainer(directory=...) or {verb}(directory)"
+            )
+        return run

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from fastcm.rng import NoiseKey
+from fastcm.runs.checkpoint import digest
 from fastcm.training.gradients import Gradients
 from fastcm.training.update import Update
 
@@ -49,6 +51,10 @@ class State:
         """Every network with weights of its own, by its name in a checkpoint."""
         averages = {f"average_{i}": net for i, net in enumerate(self.update.networks)}
         return {"model": self.net, **averages}
+
+    def summary(self) -> dict[str, Any]:
+        """The step, and a fingerprint of the student's weights."""
+        return {"step": self.step, "weights": digest(self.net.state_dict())}
 
     def scale_lr(self, factor: float) -> None:
         """Set the learning rates to `factor` times their base."""

@@ -30,12 +30,13 @@ class Step:
 
     Args:
         source: where batches come from; `DeviceData` is drawn from on the device.
-        batch_size: rows a step.
+        batch_size: rows a step, of all processes.
         gradients: of a batch.
         optimizer, update: what applies them.
         key: where the noise stands; advanced by every step.
+        rows: of the batch, those of this process; None for all.
         graph: "step" captures the whole step in a CUDA graph, "auto" does if that is faster,
-            "off" does not. Only a GPU and an optimizer of this package can.
+            "off" does not. Only a GPU and an optimizer of this package can, in one process.
         log: receives one line about what "auto" chose.
 
     Raises:
@@ -51,6 +52,7 @@ class Step:
         update: Update,
         key: NoiseKey,
         *,
+        rows: range | None = None,
         graph: Graph = "auto",
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -58,6 +60,7 @@ class Step:
             raise ValueError(f"graph must be 'auto', 'step' or 'off', got {graph!r}")
         self.source = source
         self.batch_size = batch_size
+        self.rows = range(batch_size) if rows is None else rows
         self.gradients = gradients
         self.update = update
         self.key = key
@@ -90,6 +93,8 @@ class Step:
             return (
                 f"{type(self._optimizer).__name__} keeps its scalars on the host: use fastcm.AdamW"
             )
+        if self.gradients.processes.joined:
+            return "several processes average their gradients within the step"
         if self.gradients.masks_are_shared:
             return "student and target share dropout masks, which a graph would draw anew"
         return None
@@ -119,9 +124,12 @@ class Step:
     def _feed(self, step: int, *, static: bool) -> None:
         """Have the batch ready on the device, at fixed addresses if it is for a graph."""
         if isinstance(self.source, DeviceData):
-            self.source.prepare(step * self.batch_size, self.batch_size)
+            self.source.prepare(step * self.batch_size + self.rows.start, len(self.rows))
             return
         x0, cond = self.source.draw(step, self.batch_size)
+        if len(self.rows) < self.batch_size:
+            mine = slice(self.rows.start, self.rows.stop)
+            x0, cond = x0[mine], None if cond is None else cond[mine]
         if not static:
             self._static = (x0, cond)
             return
@@ -144,8 +152,8 @@ class Step:
 
     def _work(self) -> Tensor:
         if isinstance(self.source, DeviceData):
-            position = self.key.step * self.batch_size
-            x0, cond = self.source.gather(position, self.batch_size)
+            position = self.key.step * self.batch_size + self.rows.start
+            x0, cond = self.source.gather(position, len(self.rows))
         else:
             assert self._static is not None
             x0, cond = self._static

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +18,26 @@ from fastcm.ema import Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.precision import Precision
-from fastcm.progress import Progress
 from fastcm.rng import NoiseKey
-from fastcm.runs.description import describe
 from fastcm.training.checkpoint import restore
 from fastcm.training.checks import (
     check_classes,
     check_clipping,
     check_network,
+    check_parallel,
     check_teacher,
     check_types,
     device_of,
     trainable,
 )
-from fastcm.training.configuration import configuration
+from fastcm.training.configuration import configuration, metadata_of
 from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
 from fastcm.training.interrupt import StopSignals
-from fastcm.training.logging import MetricsFile, Rate, Reading, measure
+from fastcm.training.logging import Rate, measure
 from fastcm.training.lr import Schedule, constant
+from fastcm.training.parallel import Parallel, processes
+from fastcm.training.reports import Reports
 from fastcm.training.saving import Saving
 from fastcm.training.settings import Settings
 from fastcm.training.state import State
@@ -54,7 +57,7 @@ class Trainer:
             rates are the base that `lr_schedule` scales.
         data: a tensor ``[N, ...]`` (uint8 images or float), (tensor, labels), a `Dataset`, a path,
             or any iterable of batches.
-        batch_size: rows a step.
+        batch_size: rows a step, of all processes.
         seed: of noise, times and the order of the data.
         averages: of the weights, kept in float32; `ema_network(i)` is the i-th. Default those of
             the optimizer, or EMA(0.999, warmup=True). The objective's target average is added if
@@ -66,6 +69,9 @@ class Trainer:
         compile: "auto", "regional", True or False, see `Gradients`.
         graph: "auto", "step" or "off", see `Step`.
         accumulate: micro-batches that each batch is cut into, to save memory.
+        parallel: "ddp": the processes of torchrun, or of a process group that there is, train as
+            one: each takes its rows of every batch, and the first alone prints and writes. All end
+            with the same weights, which do not depend on how many they are, but for rounding.
         device: default that of the network.
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
@@ -75,15 +81,18 @@ class Trainer:
         progress: show a bar where there is a terminal.
         tensorboard: write the metrics to directory/tensorboard, too.
         callbacks: called as callback(trainer, event), event "step", "log" or "save": then
-            `trainer.saved` is a checkpoint that has become complete on the disk.
+            `trainer.saved` is a checkpoint that has become complete on the disk. Every process
+            calls its own, with "save" the first alone.
         log: receives lines of text; default standard error.
 
     Attributes:
         interrupted: the signal that ended the last `fit` early, or None.
         saved: the newest checkpoint that this trainer wrote, or None.
+        processes: that train together; this one is `processes.rank` of `processes.count`.
 
     Raises:
-        ValueError, TypeError: an argument out of range, data that is empty or of the wrong form.
+        ValueError, TypeError: an argument out of range, data that is empty or of the wrong form,
+            processes that were given different things.
         ImportError: tensorboard=True without that package.
     """
 
@@ -103,6 +112,7 @@ class Trainer:
         compile: Compile = "auto",
         graph: Graph = "auto",
         accumulate: int = 1,
+        parallel: Parallel | None = None,
         device: torch.device | str | None = None,
         directory: str | Path | None = None,
         save_every: int = 0,
@@ -131,6 +141,10 @@ class Trainer:
         check_network(net, objective)
         self.source = as_source(data, seed=seed, device=device)
         check_classes(net, self.source, objective)
+        self.processes = processes(parallel)
+        first = self.processes.first
+        if self.processes.joined:
+            check_parallel(net, self.source)
         trained = trainable(net)
         optimizer = optimizer or AdamW(trained, lr=1e-3, weight_decay=0.0)
         self.lr_schedule = lr_schedule
@@ -138,8 +152,10 @@ class Trainer:
         self.interrupted: signal.Signals | None = None
         self.saved: Path | None = None
         self.metrics: dict[str, Any] = {}
-        self._progress: Progress | None = None
-        self._show, self._log_line = progress, log
+        self._reports = Reports(
+            self.directory, tensorboard=tensorboard, bar=progress, log=log, silent=not first
+        )
+        self.log = self._reports.log
         self.update = update(
             net, optimizer, with_target(averages, optimizer, objective), max_grad_norm
         )
@@ -151,37 +167,36 @@ class Trainer:
             compile=compile,
             accumulate=accumulate,
             paired=isinstance(self.source, DeviceData) and self.source.dataset.paired,
+            processes=self.processes,
             log=self.log,
         )
         gradients.check_batch(batch_size)
-        self.state = State(net, optimizer, self.update, gradients, NoiseKey(seed, device=device))
+        rows = self.processes.rows(batch_size, accumulate, getattr(objective, "period", 1))
+        key = NoiseKey(seed, first_sample=rows.start, device=device)
+        self.state = State(net, optimizer, self.update, gradients, key)
         self.stepper = Step(
             self.source,
             batch_size,
             gradients,
             optimizer,
             self.update,
-            self.state.key,
+            key,
+            rows=rows,
             graph=graph,
             log=self.log,
         )
-        null = getattr(objective, "null_condition", None)
-        self.metadata: dict[str, Any] = {
-            "network": getattr(net, "description", None),
-            "parameterization": describe(objective.parameterization),
-            "null_condition": null if isinstance(null, int) else None,
-            "shape": None,
-        }
+        self.metadata = metadata_of(net, objective)
         self._config: dict[str, Any] | None = None
-        self._metrics_file = MetricsFile(self.directory, tensorboard=tensorboard)
-        self._reading: Reading | None = None
         self._saving = Saving(
-            self.settings,
+            self.settings if first else replace(self.settings, directory=None),
             self.state,
             config=self.config,
             metadata=self.metadata,
             saved=self._tell_saved,
             log=self.log,
+        )
+        self.processes.agree(
+            lambda: {**self.config(), **self.settings.numbers(), **self.state.summary()}
         )
 
     @property
@@ -210,13 +225,6 @@ class Trainer:
         """The network with the i-th average of the weights; live, updated in place."""
         return self.update.networks[i]
 
-    def log(self, line: str) -> None:
-        """One line of text for the person who watches."""
-        if self._log_line is not None:
-            self._log_line(line)
-        else:
-            (self._progress or Progress("", 0, show=False)).print(line)
-
     def fit(self, steps: int) -> Trainer:
         """Train `steps` more steps; saves at the end if there is a run directory.
 
@@ -241,33 +249,35 @@ class Trainer:
         state, rate = self.state, Rate()
         end, watch = state.step + steps, Watch(state, steps, self._saving.newest)
         rate.read(state.step)
-        title = type(self.objective).__name__
-        with (
-            Progress(title, steps, show=self._show and self._log_line is None) as self._progress,
-            StopSignals() as signals,
-            self._saving.during_fit(self._metrics_file),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(self._reports.bar(type(self.objective).__name__, steps))
+            signals = stack.enter_context(StopSignals())
+            with self.processes.together():
+                self.processes.agree(lambda: {"steps": steps, "step": state.step})
+                stack.enter_context(self._saving.during_fit(self._reports.file))
             while state.step < end and self.interrupted is None:
+                stop = self.processes.ask_to_stop(signals)
                 loss = self.train_step(remaining=end - state.step)
-                self.interrupted = signals.received  # read once a step: all below agree
+                self.interrupted = stop()  # read once a step: all below agree
                 last = state.step == end or self.interrupted is not None
-                self._progress.advance()
+                self._reports.advance()
                 self._emit("step")
                 if state.step % self.settings.log_every == 0 or last:
                     self._report(wait=True)
-                    it_s = rate.read(state.step)
-                    self._reading = measure(state, loss, it_s, self.settings.batch_size)
+                    it_s, mean = rate.read(state.step), self.processes.mean(loss)
+                    self._reports.read(measure(state, mean, it_s, self.settings.batch_size))
                 save = self.settings.saves_at(state.step) or (last and self.directory is not None)
                 self._report(wait=save or last)  # a resumed run does not repeat these steps
                 if save or last:
                     save = watch.now() and save
                 else:
                     watch.in_passing()
-                if save:
+                if save and self.processes.first:
                     self._saving.begin()
                 self._saving.tell()
-        self.interrupted = signals.received  # perhaps while the last checkpoint was written
-        self._progress = None
+            with self.processes.together():
+                self._saving.settle()
+        self.interrupted = self.processes.ask_to_stop(signals)()  # perhaps during the last write
         return self
 
     def train_step(self, *, remaining: int = 1000) -> Tensor:
@@ -279,7 +289,8 @@ class Trainer:
             remaining: how many steps are still to come; decides whether compiling can pay.
 
         Returns:
-            The loss, a 0-d tensor on the device that the next step may overwrite.
+            The loss of this process's rows, a 0-d tensor on the device that the next step may
+            overwrite.
         """
         if not self.net.training:
             self.net.train()
@@ -290,18 +301,11 @@ class Trainer:
             self.metadata["shape"] = list(self.stepper.shape)
         return loss
 
-    def _report(self, *, wait: bool = False) -> None:
-        """Publish the metrics that are being read, if they have arrived."""
-        if self._reading is None or not (wait or self._reading.arrived):
-            return
-        self.metrics, self._reading = self._reading.values(), None
-        self._metrics_file.write(self.metrics)
-        if self._progress is not None:
-            m = self.metrics
-            self._progress.note(
-                f"loss {m['loss']:.4f}  {m['it_s']:.1f} it/s  {m['img_s']:.0f} img/s"
-            )
-        self._emit("log")
+    def _report(self, *, wait: bool) -> None:
+        metrics = self._reports.publish(wait=wait)
+        if metrics is not None:
+            self.metrics = metrics
+            self._emit("log")
 
     def _tell_saved(self, path: Path) -> None:
         self.saved = path
@@ -325,7 +329,8 @@ class Trainer:
             BlockingIOError: another process trains in it.
             OSError: it could not be written; earlier checkpoints are untouched.
         """
-        return self._saving.now(self._run("save", directory))
+        run = self.settings.run("save", directory)
+        return self.processes.from_first(lambda: self._saving.now(run))
 
     def load(self, directory: str | Path | None = None) -> Trainer:
         """Continue from the newest intact checkpoint of a run; a damaged one is passed over.
@@ -337,16 +342,10 @@ class Trainer:
             CheckpointError: all are damaged, or of another network or optimizer.
             ValueError: the run had another configuration; the message lists the differences.
         """
-        run = self._run("load", directory)
-        self._saving.settle()
-        restore(self.state, run, self.config())
+        run = self.settings.run("load", directory)
+        with self.processes.together():
+            self._saving.settle()
+            restore(self.state, run, self.config())
+            self.processes.agree(self.state.summary)
         self._saving.resumed = True
         return self
-
-    def _run(self, verb: str, directory: str | Path | None) -> Path:
-        run = self.directory if directory is None else Path(directory)
-        if run is None:
-            raise ValueError(
-                f"{verb} needs a directory: Trainer(directory=...) or {verb}(directory)"
-            )
-        return run

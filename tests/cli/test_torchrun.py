@@ -1,0 +1,112 @@
+"""What the processes of torchrun do with one command: divide a folder, or refuse."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli_sample import command, here
+from test_cli_sample import run as run
+from test_sample_folder import files
+
+from fastcm.cli.sample_folder import share
+from fastcm.cli.train import _resuming
+from fastcm.training.parallel import Processes, local_device
+
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
+
+def process(patch: Patch, rank: int, count: int) -> None:
+    patch.setenv("RANK", str(rank))
+    patch.setenv("WORLD_SIZE", str(count))
+    patch.setenv("LOCAL_WORLD_SIZE", str(count))
+
+
+def test_shares_are_whole_batches_that_make_the_range(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(200):
+        first, n, size = draw.randrange(50), draw.randrange(100), draw.randrange(1, 20)
+        count = draw.randrange(1, 8)
+        shares = [share(range(first, first + n), size, rank, count) for rank in range(count)]
+        assert [i for part in shares for i in part] == list(range(first, first + n))
+        for part in shares:
+            for cut in (part.start, part.stop):
+                assert cut % size == 0 or cut in (first, first + n)
+        batches = [len({i // size for i in part}) for part in shares]
+        assert max(batches) - min(batches) <= 1
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_a_folder_of_several_processes_is_that_of_one(
+    run: Path, tmp_path: Path, format: str, monkeypatch: Patch, capsys: Capture
+) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    options = ["--n", 70, "--first", 3, "--format", format]
+    assert here(monkeypatch, capsys, command(run, one, *options))[0] == 0
+    said = []
+    for rank in (2, 0, 1):
+        process(monkeypatch, rank, 3)
+        code, out, _ = here(monkeypatch, capsys, command(run, several, *options))
+        assert code == 0
+        said.append(out.replace("\n", " "))
+    assert files(several) == files(one)
+    assert "several from 48 on: 25 drawn" in said[0] and "from 3 on: 13 drawn" in said[1]
+    code, out, _ = here(monkeypatch, capsys, command(run, tmp_path / "few", "--n", 5))
+    assert code == 0 and ("nothing to draw" in out) != ("5 drawn" in out)
+
+
+def test_several_processes_do_not_write_one_file(
+    run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    process(monkeypatch, 1, 2)
+    code, _, error = here(monkeypatch, capsys, command(run, tmp_path / "x.npy"))
+    assert code == 2 and "fill a folder together" in error
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "said"),
+    [
+        (1, ["--parallel", "ddp"], "MASTER_ADDR, MASTER_PORT: start them with torchrun"),
+        (1, ["--parallel", "fsdp"], "parallel must be None or \"ddp\", got 'fsdp'"),
+        (2, [], "2 processes of torchrun need --parallel ddp"),
+    ],
+)
+def test_a_training_says_how_it_is_shared(
+    tmp_path: Path,
+    count: int,
+    options: list[str],
+    said: str,
+    monkeypatch: Patch,
+    capsys: Capture,
+) -> None:
+    process(monkeypatch, 0, count)
+    out = tmp_path / "run"
+    code, _, error = here(monkeypatch, capsys, ["train", "--out", str(out), *options])
+    assert code == 2 and said in error and not out.exists()
+
+
+def test_the_command_that_resumes_starts_as_many_processes(monkeypatch: Patch) -> None:
+    process(monkeypatch, 0, 2)
+    shared = Processes(0, 2, object())
+    command = ["/x/fastcm/__main__.py", "train", "--parallel", "ddp"]
+    said = "torchrun --standalone --nproc-per-node 2 -m fastcm train --parallel ddp --resume"
+    assert _resuming(command, shared) == said
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert _resuming(command, shared).startswith("torchrun ... -m fastcm train")
+    assert _resuming(command, Processes()).startswith(f"{sys.executable} -m fastcm train")
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device() == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"process 2 of this machine .* it has 2"):
+        local_device()
