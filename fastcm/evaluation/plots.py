@@ -28,7 +28,8 @@ from fastcm.rng import NoiseKey
 from fastcm.sampling import Sampler, solvers
 from fastcm.sampling.engine import eval_mode
 from fastcm.sampling.functions import as_parameterization, check_descending
-from fastcm.sampling.guidance import evaluator
+from fastcm.sampling.guidance import Evaluator
+from fastcm.sampling.levels import at_data, levels
 from fastcm.training import Trainer, warmup_cosine
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
@@ -74,12 +75,11 @@ def ode_states(
     """
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=False)
-    *levels, end = solvers.levels(p, times)
-    levels.append(solvers.at_data(end))
-    states = [levels[0].sigma * z]
-    for t, step in zip(times, pairwise(levels)):
+    *steps, end = levels(p, times)
+    states = [steps[0].sigma * z]
+    for step in pairwise([*steps, at_data(end)]):
         x = states[-1]
-        states.append(solvers.euler(evaluator(net, p, x, [t]), x, step))
+        states.append(solvers.euler(Evaluator(net, x, step[:1]), x, step))
     return torch.stack(states)
 
 

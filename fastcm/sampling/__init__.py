@@ -17,7 +17,7 @@ from fastcm.sampling.functions import flow_map as flow_map
 from fastcm.sampling.functions import multistep as multistep
 from fastcm.sampling.functions import ode as ode
 from fastcm.sampling.functions import one_step as one_step
-from fastcm.sampling.functions import search_times as search_times
 from fastcm.sampling.guidance import Guidance as Guidance
 from fastcm.sampling.guidance import predict as predict
 from fastcm.sampling.sampler import Sampler as Sampler
+from fastcm.sampling.search import search_times as search_times

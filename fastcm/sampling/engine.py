@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +16,10 @@ from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
 from fastcm.precision import Autocast, Precision
 from fastcm.rng import NoiseKey
-from fastcm.sampling import solvers
-from fastcm.sampling.functions import SolverName, flow_map, multistep, ode
+from fastcm.sampling import loops
+from fastcm.sampling.functions import SOLVERS, SolverName
+from fastcm.sampling.guidance import Evaluator
+from fastcm.sampling.levels import at_data, levels
 
 Graph = Literal["auto", "on", "off"]
 Method = Literal["multistep", "ode", "flow-map"]
@@ -43,13 +46,15 @@ class Engine:
         graph: Graph,
         log: Callable[[str], None],
     ) -> None:
-        self._net, self._p, self._times = net, p, times
-        self._levels = solvers.levels(p, times)
+        self._net = net
+        *self._steps, end = levels(p, times)
+        self._levels = [*self._steps, at_data(end) if method == "ode" else end]
         self._method, self._solver = method, solver
         self._null = (
             null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
         )
-        self._device = device
+        self._device, self._on_cpu = device, device.type == "cpu"
+        self._lock = graphs.device_lock(device)
         self.eager: Network = Autocast(net, device.type) if precision == "bf16" else net
         self._network: Network = torch.compile(self.eager) if compile else self.eager
         self._cache: graphs.GraphCache | None = None
@@ -86,7 +91,7 @@ class Engine:
         if self._cache is None:
             out.copy_(self.run(shape, key, cond, weights)[: len(out)])
             return
-        with graphs.device_lock(self._device), self._cache.side():
+        with self._lock, self._cache.side():
             if self._is_whole:
                 work = partial(self._run, self._network, shape, weights)
                 x = self._cache((shape, weights), work, key, cond)
@@ -103,10 +108,10 @@ class Engine:
         weights: tuple[float, ...] | None,
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
-        with graphs.device_lock(self._device):
-            return self._run(
-                self._network, shape, weights, key.to(self._device, non_blocking=True), cond
-            )
+        with self._lock:
+            if not self._on_cpu:
+                key = key.to(self._device, non_blocking=True)
+            return self._run(self._network, shape, weights, key, cond)
 
     def _replayed(
         self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None = None
@@ -128,9 +133,12 @@ class Engine:
         cond: Tensor | None,
     ) -> Tensor:
         key = NoiseKey.wrap(key_tensor)
-        with eval_mode(self._net):
+        in_training = to_eval(self._net)
+        try:
             z = ops.noise(shape, key, stream=rng.SAMPLE)
             return self.solve(net, z, key, cond, weights)
+        finally:
+            to_training(in_training)
 
     def solve(
         self,
@@ -141,18 +149,14 @@ class Engine:
         weights: Sequence[float] | None,
     ) -> Tensor:
         """Samples from noise z, by `net` in place of the network."""
-        settings: dict[str, Any] = {
-            "times": self._times,
-            "cond": cond,
-            "guidance": weights,
-            "null_condition": self._null,
-            "levels": self._levels,
-        }
+        evaluate = Evaluator(
+            net, z, self._steps, cond=cond, guidance=weights, null_condition=self._null
+        )
         if self._method == "flow-map":
-            return flow_map(net, self._p, z, **settings)
+            return loops.flow_map(evaluate, z, self._levels)
         if self._method == "ode":
-            return ode(net, self._p, z, solver=self._solver, **settings)
-        return multistep(net, self._p, z, key, **settings)
+            return loops.ode(evaluate, z, self._levels, SOLVERS[self._solver])
+        return loops.multistep(evaluate, z, key, self._levels)
 
 
 class Addresses:
@@ -188,6 +192,11 @@ def batches(n: int, largest: int, *, few_shapes: bool) -> Iterator[tuple[int, in
         at += count
 
 
+def host_key(seed: int, first_sample: int) -> Tensor:
+    """The tensor of a `NoiseKey` on the host, of numbers that are valid."""
+    return torch.from_numpy(np.array((seed, 0, first_sample), np.int64))  # torch.tensor takes 2 us
+
+
 def padded(rows: Tensor, size: int) -> Tensor:
     """`rows` with the last one repeated up to `size` of them."""
     missing = size - len(rows)
@@ -197,15 +206,29 @@ def padded(rows: Tensor, size: int) -> Tensor:
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
     """The network in eval mode; afterwards every submodule is in the mode it was in."""
-    in_training, left = [], [net]
-    while left:  # as net.modules(), but for its bookkeeping
-        module = left.pop()
-        left += [child for child in module._modules.values() if child is not None]
-        if module.training:
-            module.training = False
-            in_training.append(module)
+    in_training = to_eval(net)
     try:
         yield
     finally:
-        for module in in_training:
-            module.training = True
+        to_training(in_training)
+
+
+def to_eval(net: nn.Module) -> list[nn.Module]:
+    """Put the network in eval mode; returns those of its modules that were not."""
+    in_training: list[nn.Module] = []
+    modules: list[nn.Module | None] = [net]
+    for module in modules:  # which grows; as net.modules(), but for its bookkeeping
+        if module is None:
+            continue
+        children = module._modules
+        if children:
+            modules.extend(children.values())
+        if module.training:
+            module.training = False
+            in_training.append(module)
+    return in_training
+
+
+def to_training(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True

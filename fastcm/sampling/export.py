@@ -20,7 +20,8 @@ from fastcm.ops import reference
 from fastcm.ops.decompositions import REFERENCES
 from fastcm.rng import NoiseKey
 from fastcm.sampling.engine import eval_mode
-from fastcm.sampling.guidance import Guidance, evaluator, guidance_weights
+from fastcm.sampling.guidance import Evaluator, Guidance, guidance_weights
+from fastcm.sampling.levels import levels
 from fastcm.sampling.sampler import Sampler
 
 
@@ -60,11 +61,10 @@ def export_sampler(
     shape = (operator.index(n), *sampler.shape)
     weights = None if guidance is None else guidance_weights(guidance, sampler.times)
     # refuses what does not fit, before anything is traced
-    evaluator(
+    Evaluator(
         sampler.net,
-        sampler.parameterization,
         torch.empty(shape, device="meta"),
-        sampler.times,
+        levels(sampler.parameterization, sampler.times)[:-1],
         cond=cond,
         guidance=weights,
         null_condition=sampler.null_condition,

@@ -11,6 +11,7 @@ a network needs no unconditional rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Union
@@ -20,14 +21,38 @@ from torch import Tensor
 
 from fastcm import ops
 from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.ops.dispatch import is_traced
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
+from fastcm.sampling.levels import Level
 
 Guidance = Union[float, Sequence[float], Callable[[float], float]]
 """A weight, one per evaluation time, or a schedule w(t)."""
 
-Evaluate = Callable[[Tensor, int], "Guided"]
-"""``evaluate(x, i)``: the network's output for x at the i-th time of a sampler."""
+
+Rows = Callable[[Tensor, float], Tensor]
+
+
+def rows(x: Tensor, value: float) -> Tensor:
+    """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
+    return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
+
+
+SMALL = 64
+"""Samples up to which coefficients are held from call to call: there a call is short."""
+
+
+def held_rows(x: Tensor, value: float) -> Tensor:
+    """As `rows`, of at most `SMALL` plain samples on a CPU, made once. Not to be written to."""
+    if value == 0.0:  # 0.0 and -0.0 are equal
+        return rows(x, value)
+    return _held(x.shape[0], value, compute_dtype(x))
+
+
+@functools.lru_cache(1024)
+def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # else it could not be saved for a backward pass later
+        return torch.full((n,), value, dtype=dtype, device="cpu")
 
 
 class Guided(NamedTuple):
@@ -36,9 +61,11 @@ class Guided(NamedTuple):
     F: Tensor
     F_uncond: Tensor | None = None
     weight: float = 1.0
+    rows: Rows = rows
 
     def map(self, x: Tensor, a: float, b: float) -> Tensor:
         """a x + b (F_u + w (F - F_u)) in one pass, float32 (float64 if x or F is)."""
+        rows = self.rows
         if self.F_uncond is None:
             return ops.boundary(x, self.F, rows(x, a), rows(x, b))
         return ops.euler_step(
@@ -56,11 +83,6 @@ class Guided(NamedTuple):
             return self.F
         w = self.weight
         return ops.boundary(self.F, self.F_uncond, rows(self.F, w), rows(self.F, 1.0 - w))
-
-
-def rows(x: Tensor, value: float) -> Tensor:
-    """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
-    return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
 
 
 def guidance_weights(guidance: Guidance, times: Sequence[float]) -> list[float]:
@@ -85,53 +107,58 @@ def guidance_weights(guidance: Guidance, times: Sequence[float]) -> list[float]:
     return weights
 
 
-def evaluator(
-    net: Network,
-    p: Parameterization,
-    z: Tensor,
-    times: Sequence[float],
-    *,
-    cond: Tensor | None = None,
-    guidance: Guidance | None = None,
-    null_condition: Tensor | int | None = None,
-    ends: Sequence[float] | None = None,
-) -> Evaluate:
-    """The network at the given times, one call per evaluation.
+class Evaluator:
+    """The network at the levels of a sampler, one call per evaluation.
 
     Args:
         net: ``net(x, t, cond) -> F``.
-        p: its parameterization.
-        z: ``[B, ...]``, for the number of samples and the device.
-        times: of the evaluations.
+        z: ``[B, ...]``, for the number of samples, the dtype and the device.
+        levels: of the evaluations, in the order of the weights.
         cond: tensor of B rows, or None.
-        guidance: a weight, one per time, or a function w(t). Where it is 1 the conditional rows
+        guidance: a weight, one per level, or a function w(t). Where it is 1 the conditional rows
             are evaluated alone.
         null_condition: what stands for "no condition": a label, or a tensor that broadcasts to
             `cond`.
-        ends: the second time of each evaluation, for a network of two times.
-
-    Returns:
-        ``evaluate(x, i) -> Guided`` for x ``[B, ...]`` at ``times[i]``. The network's t is float32,
-        float64 where x is.
 
     Raises:
         TypeError: `cond` is not a tensor.
         ValueError: `cond` has not B rows; guidance without cond or null_condition, or of another
-            length than `times`.
+            length than `levels`.
     """
-    check_rows(cond, len(z))
-    both: Tensor | None = None
-    weights = [1.0] * len(times)
-    if guidance is not None:
-        both = _both(cond, null_condition)
-        weights = guidance_weights(guidance, times)
 
-    def evaluate(x: Tensor, i: int) -> Guided:
-        t = torch.full(x.shape[:1], times[i], dtype=torch.float64, device=x.device)
-        s = None if ends is None else torch.full_like(t, ends[i])
-        return _call(net, p, x, t, cond, both, weights[i], s)
+    def __init__(
+        self,
+        net: Network,
+        z: Tensor,
+        levels: Sequence[Level],
+        *,
+        cond: Tensor | None = None,
+        guidance: Guidance | None = None,
+        null_condition: Tensor | int | None = None,
+    ) -> None:
+        check_rows(cond, len(z))
+        self._net, self._cond = net, cond
+        self._both: Tensor | None = None
+        self._weights: Sequence[float] | None = None
+        if guidance is not None:
+            self._both = _both(cond, null_condition)
+            self._weights = guidance_weights(guidance, [level.t for level in levels])
+        held = len(z) <= SMALL and not torch.compiler.is_compiling() and z.is_cpu
+        self.rows: Rows = held_rows if held and not is_traced(z) else rows
 
-    return evaluate
+    def __call__(self, x: Tensor, at: Level, i: int, to: Level | None = None) -> Guided:
+        """The output for x ``[B, ...]`` at a level, with the i-th weight.
+
+        The network's t is float32, float64 where x is; `to` is the end of the step, for a network
+        of two times.
+        """
+        inputs = x if at.c_in is None else lift(self.rows(x, at.c_in), x) * x
+        # a network may write to its t, so it is made anew each time
+        t = torch.full(x.shape[:1], at.c_noise, dtype=compute_dtype(x), device=x.device)
+        s = None if to is None else torch.full_like(t, to.c_noise)
+        weight = 1.0 if self._weights is None else self._weights[i]
+        F = _call(self._net, inputs, t, self._cond, self._both, weight, s)
+        return Guided(*F, weight, self.rows)
 
 
 def predict(
@@ -147,37 +174,39 @@ def predict(
     """The network's output F at (x, t), with guidance F_u + w (F_c - F_u) if asked.
 
     Args:
-        net, p, cond, null_condition: see `evaluator`.
+        net, cond, null_condition: see `Evaluator`.
+        p: its parameterization.
         x: ``[B, ...]``.
         t: ``[B]``, float64.
         guidance: the weight w.
     """
     check_rows(cond, len(x))
+    c_in = p.c_in(t)
+    inputs = x if c_in is None else lift(c_in, x) * x
+    told = p.path.c_noise(t) if x.dtype == torch.float64 else p.c_noise(t)
     if guidance is None:
-        return _call(net, p, x, t, cond).F
-    return _call(net, p, x, t, cond, _both(cond, null_condition), guidance).combined()
+        return _call(net, inputs, told, cond)[0]
+    both = _both(cond, null_condition)
+    return Guided(*_call(net, inputs, told, cond, both, guidance), guidance).combined()
 
 
 def _call(
     net: Network,
-    p: Parameterization,
-    x: Tensor,
+    inputs: Tensor,
     t: Tensor,
     cond: Tensor | None,
     both: Tensor | None = None,
     weight: float = 1.0,
     s: Tensor | None = None,
-) -> Guided:
-    c_in = p.c_in(t)
-    inputs = x if c_in is None else lift(c_in, x) * x
-    c_noise = p.path.c_noise if x.dtype == torch.float64 else p.c_noise
-    told, second = c_noise(t), {} if s is None else {"s": c_noise(s)}
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, under guidance, that without condition."""
+    second = {} if s is None else {"s": s}
     if both is None or weight == 1.0:
-        return Guided(check_output("net", net(inputs, told, cond, **second), inputs))
+        return check_output("net", net(inputs, t, cond, **second), inputs), None
     inputs, second = torch.cat([inputs, inputs]), {k: v.repeat(2) for k, v in second.items()}
-    F = check_output("net", net(inputs, told.repeat(2), both, **second), inputs)
+    F = check_output("net", net(inputs, t.repeat(2), both, **second), inputs)
     F_cond, F_uncond = F.chunk(2)
-    return Guided(F_cond, F_uncond, weight)
+    return F_cond, F_uncond
 
 
 def check_rows(cond: Tensor | None, n: int) -> None:

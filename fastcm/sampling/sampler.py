@@ -17,10 +17,10 @@ from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
 from fastcm.progress import Progress
-from fastcm.rng import NoiseKey, check_key
+from fastcm.rng import check_key
 from fastcm.runs import checkpoint
 from fastcm.runs.description import parameterization_from
-from fastcm.sampling.engine import Engine, Graph, Method, batches, padded
+from fastcm.sampling.engine import Engine, Graph, Method, batches, host_key, padded
 from fastcm.sampling.functions import (
     SOLVERS,
     SolverName,
@@ -205,14 +205,14 @@ class Sampler:
         n = shape[0]
         weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
         if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
-            key = NoiseKey(seed, first_sample=first_sample)
+            key = host_key(seed, first_sample)
             rows = None if cond is None else self._here(cond)
-            return self.engine.run(shape, key.tensor, rows, weights)
+            return self.engine.run(shape, key, rows, weights)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
-            key = NoiseKey(seed, first_sample=first_sample + start)
+            key = host_key(seed, first_sample + start)
             rows = None if cond is None else padded(self._here(cond[start:end]), size)
-            self.engine(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
+            self.engine(out[start:end], (size, *shape[1:]), key, rows, weights)
         return out
 
     def stream(

@@ -2,7 +2,7 @@
 
 Velocity and denoiser are affine in (x, F), so a step of Euler is a map of (x, F), the second half
 of Heun's one of (x, x_euler, F), and DPM-Solver++(2M) one of (x, D, D_previous). The coefficients
-are Python floats, computed in float64 before the first evaluation (`levels`).
+are Python floats, computed in float64 (`fastcm.sampling.levels`).
 """
 
 from __future__ import annotations
@@ -10,69 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastcm import ops
-from fastcm.parameterization import Parameterization
-from fastcm.sampling.guidance import Evaluate, rows
+from fastcm.sampling.guidance import Evaluator, Rows, rows
+from fastcm.sampling.levels import Level
 
-
-class Level(NamedTuple):
-    """A parameterization at one time: path alpha, sigma; f = a x + b F; v = c x + d F."""
-
-    t: float
-    alpha: float
-    sigma: float
-    a: float
-    b: float
-    c: float
-    d: float
-
-    @property
-    def log_snr(self) -> float:
-        """ln(alpha / sigma), half the log signal-to-noise ratio: -inf at noise, inf at data."""
-        if self.alpha <= 0:
-            return -math.inf
-        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
-
-
-def levels(p: Parameterization, times: Sequence[float]) -> list[Level]:
-    """The levels of `times`, then that of t_min; there the velocity may be infinite."""
-    t = torch.tensor([*times, p.path.t_min], dtype=torch.float64, device="cpu")
-    alpha, sigma, _, _ = p.path.at(t)
-    return [
-        Level(*values)
-        for values in zip(*(c.tolist() for c in (t, alpha, sigma, *p.coefficients(t))))
-    ]
-
-
-def at_data(end: Level) -> Level:
-    """The end of the ODE: data, also on a path that leaves t_min > 0 of noise, where t is sigma.
-
-    Source: Karras et al. 2022, algorithm 1, whose last step ends at sigma = 0.
-    """
-    return end if end.sigma == 0.0 else end._replace(t=end.t - end.sigma, alpha=1.0, sigma=0.0)
-
-
-Solver = Callable[[Evaluate, Tensor, Sequence[Level]], Tensor]
+Solver = Callable[[Evaluator, Tensor, Sequence[Level]], Tensor]
 """``solver(evaluate, x, levels)``: x at the last level, by evaluations at those before it."""
 
 
-def euler(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
+def euler(evaluate: Evaluator, x: Tensor, levels: Sequence[Level]) -> Tensor:
     """x_s = x_t - (t - s) v(x_t, t): ``len(levels) - 1`` evaluations, one pass each.
 
     Source: seed eq. 8; on `Linear` and `VarianceExploding` the same as `ddim`.
     """
     for i, (at, to) in enumerate(pairwise(levels)):
         dt = at.t - to.t
-        x = evaluate(x, i).map(x, 1.0 - dt * at.c, -dt * at.d)
+        x = evaluate(x, at, i).map(x, 1.0 - dt * at.c, -dt * at.d)
     return x
 
 
-def ddim(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
+def ddim(evaluate: Evaluator, x: Tensor, levels: Sequence[Level]) -> Tensor:
     """x_s = alpha_s f + sigma_s z_estimate: ``len(levels) - 1`` evaluations, one pass each.
 
     Euler in sigma / alpha, the same on every path; on `VariancePreserving`, whose sigma rises as
@@ -81,11 +41,11 @@ def ddim(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
     """
     for i, (at, to) in enumerate(pairwise(levels)):
         keep, gain = _exponential(at, to)
-        x = evaluate(x, i).map(x, keep + gain * at.a, gain * at.b)
+        x = evaluate(x, at, i).map(x, keep + gain * at.a, gain * at.b)
     return x
 
 
-def heun(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
+def heun(evaluate: Evaluator, x: Tensor, levels: Sequence[Level]) -> Tensor:
     """Trapezoidal steps, the last one Euler: ``2 (len(levels) - 1) - 1`` evaluations.
 
     With the Euler point y = x - dt v_1, the step x - dt (v_1 + v_2) / 2 is (x + y - dt v_2) / 2:
@@ -94,19 +54,19 @@ def heun(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
     last = len(levels) - 2
     for i, (at, to) in enumerate(pairwise(levels)):
         dt = at.t - to.t
-        y = evaluate(x, i).map(x, 1.0 - dt * at.c, -dt * at.d)
+        y = evaluate(x, at, i).map(x, 1.0 - dt * at.c, -dt * at.d)
         if i == last:
             return y
-        out = evaluate(y, i + 1)
+        out = evaluate(y, to, i + 1)
         a, b = 0.5 * (1.0 - dt * to.c), -0.5 * dt * to.d
         if out.F_uncond is None:
-            x = combine((0.5, x), (a, y), (b, out.F))
+            x = combine((0.5, x), (a, y), (b, out.F), rows=evaluate.rows)
         else:
-            x = ops.boundary(x, out.map(y, a, b), rows(x, 0.5), rows(x, 1.0))
+            x = ops.boundary(x, out.map(y, a, b), evaluate.rows(x, 0.5), evaluate.rows(x, 1.0))
     return x
 
 
-def dpmpp_2m(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
+def dpmpp_2m(evaluate: Evaluator, x: Tensor, levels: Sequence[Level]) -> Tensor:
     """DPM-Solver++(2M): ``len(levels) - 1`` evaluations.
 
     x_s = (sigma_s / sigma_t) x + alpha_s (1 - e^-h) ((1 + e) D - e D_previous) with h the step in
@@ -120,7 +80,7 @@ def dpmpp_2m(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
     h = [to.log_snr - at.log_snr for at, to in pairwise(levels)]
     before: Tensor | None = None
     for i, (at, to) in enumerate(pairwise(levels)):
-        out = evaluate(x, i)
+        out = evaluate(x, at, i)
         keep, gain = _exponential(at, to)
         wanted = i + 1 < len(h) and 0.0 < h[i + 1] / h[i] < math.inf
         second = i > 0 and 0.0 < h[i] / h[i - 1] < math.inf
@@ -128,7 +88,8 @@ def dpmpp_2m(evaluate: Evaluate, x: Tensor, levels: Sequence[Level]) -> Tensor:
         if second:
             assert D is not None and before is not None
             e = 0.5 * h[i] / h[i - 1]
-            x = combine((keep, x), (gain * (1.0 + e), D), (-gain * e, before))
+            terms = (keep, x), (gain * (1.0 + e), D), (-gain * e, before)
+            x = combine(*terms, rows=evaluate.rows)
         else:
             x = out.map(x, keep + gain * at.a, gain * at.b)
         before = D
@@ -141,7 +102,7 @@ def _exponential(at: Level, to: Level) -> tuple[float, float]:
     return keep, to.alpha - keep * at.alpha
 
 
-def combine(*terms: tuple[float, Tensor]) -> Tensor:
+def combine(*terms: tuple[float, Tensor], rows: Rows = rows) -> Tensor:
     """c_0 y_0 + c_1 y_1 + c_2 y_2 in one pass, for three pairs (c, y).
 
     Of three coefficients two have one sign: they make a weighted mean, with weights in [0, 1], so

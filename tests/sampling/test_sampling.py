@@ -320,7 +320,6 @@ def test_bad_calls_are_refused(n, arguments, message):
         ({"times": [1.1, 0.5]}, "outside"),
         ({"times": [1.0], "start": torch.zeros(4, 2)}, "start must have the shape of z"),
         ({"times": [1.0], "start": 0.5}, "start must have the shape of z"),
-        ({"times": [1.0], "levels": []}, "levels must be those of the times"),
     ],
     ids=str,
 )

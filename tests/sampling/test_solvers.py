@@ -15,7 +15,8 @@ from fastcm.networks import GaussianMixture
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Linear, TrigFlow, VarianceExploding, VariancePreserving
 from fastcm.sampling import solvers
-from fastcm.sampling.guidance import Guided, evaluator
+from fastcm.sampling.guidance import Evaluator, Guided
+from fastcm.sampling.levels import levels
 
 MEAN = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
 STD = torch.tensor([0.6, 0.3, 1.2], dtype=torch.float64)
@@ -134,10 +135,10 @@ def test_exponential_solvers_see_of_a_path_its_noise_levels_alone(path, solver, 
     z = torch.randn(5, 4, dtype=torch.float64)
     ends = []
     for p, at in ((Parameterization(path), times), (Parameterization(exploding), ratios)):
-        *levels, _ = solvers.levels(p, at)
-        x = ratios[0] * z * levels[0].alpha
-        x = sampling.SOLVERS[solver](evaluator(mixture(p), p, z, at), x, levels)
-        ends.append(x / levels[-1].alpha)
+        *steps, _ = levels(p, at)
+        x = ratios[0] * z * steps[0].alpha
+        x = sampling.SOLVERS[solver](Evaluator(mixture(p), z, steps), x, steps)
+        ends.append(x / steps[-1].alpha)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
 
 
