@@ -13,7 +13,7 @@ import typer
 from fastcm.cli.runs import condition, labels, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
-from fastcm.sampling import Sampler
+from fastcm.sampling import Churn, Sampler
 
 
 def sample(
@@ -25,7 +25,13 @@ def sample(
         str | None,
         typer.Option(help="multistep, ode or flow-map; what suits the run if absent"),
     ] = None,
-    solver: Annotated[str, typer.Option(help="ode: euler, heun, ddim or dpmpp_2m")] = "euler",
+    solver: Annotated[
+        str | None,
+        typer.Option(help="ode: euler (the default), heun, midpoint, rk4, ddim or dpmpp_2m"),
+    ] = None,
+    churn: Annotated[
+        str | None, typer.Option(help="ode: fresh noise, S_CHURN[,S_MIN,S_MAX[,S_NOISE]]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
@@ -56,14 +62,17 @@ def sample(
     check_range(n, first)
     if method is None:
         method = sampling_method(run)
-    if method != "ode" and solver != "euler":
+    if method != "ode" and solver is not None:
         raise ValueError(f"--solver has a meaning only with --method ode, not {method}")
+    if method != "ode" and churn is not None:
+        raise ValueError(f"--churn has a meaning only with --method ode, not {method}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = Sampler.from_run(
         run,
         steps=steps,
         method=method,
         solver=solver,
+        churn=None if churn is None else churn_of(churn),
         ema=ema,
         device=device,
         batch_size=batch,
@@ -89,6 +98,17 @@ def sample(
 
         save_grid(x, out)
     print(f"{n} samples of {list(x.shape[1:])} in {out}")
+
+
+def churn_of(text: str) -> Churn:
+    """The value of --churn: S_CHURN[,S_MIN,S_MAX[,S_NOISE]]."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3, 4):
+        raise ValueError(f"--churn must be S_CHURN[,S_MIN,S_MAX[,S_NOISE]], got {text!r}")
+    return Churn(*numbers)
 
 
 def fill(

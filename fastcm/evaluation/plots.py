@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -29,7 +28,7 @@ from fastcm.sampling import Sampler, solvers
 from fastcm.sampling.engine import eval_mode
 from fastcm.sampling.functions import as_parameterization, check_descending
 from fastcm.sampling.guidance import Evaluator
-from fastcm.sampling.levels import at_data, levels
+from fastcm.sampling.steps import ode_steps
 from fastcm.training import Trainer, warmup_cosine
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
@@ -75,11 +74,11 @@ def ode_states(
     """
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=False)
-    *steps, end = levels(p, times)
-    states = [steps[0].sigma * z]
-    for step in pairwise([*steps, at_data(end)]):
-        x = states[-1]
-        states.append(solvers.euler(Evaluator(net, x, step[:1]), x, step))
+    steps = ode_steps(p, times, "euler")
+    evaluate = Evaluator(net, z, [step.at for step in steps])
+    states = [steps[0].at.sigma * z]
+    for step in steps:
+        states.append(solvers.euler(evaluate, states[-1], step))
     return torch.stack(states)
 
 

@@ -21,3 +21,4 @@ from fastcm.sampling.guidance import Guidance as Guidance
 from fastcm.sampling.guidance import predict as predict
 from fastcm.sampling.sampler import Sampler as Sampler
 from fastcm.sampling.search import search_times as search_times
+from fastcm.sampling.steps import Churn as Churn

@@ -19,13 +19,18 @@ from fastcm.rng import NoiseKey
 from fastcm.sampling import loops
 from fastcm.sampling.functions import SOLVERS, SolverName
 from fastcm.sampling.guidance import Evaluator
-from fastcm.sampling.levels import at_data, levels
+from fastcm.sampling.levels import levels
+from fastcm.sampling.steps import Churn, ode_steps
 
 Graph = Literal["auto", "on", "off"]
 Method = Literal["multistep", "ode", "flow-map"]
 
 WHOLE = 8
 """Evaluations up to which a batch is one graph; of more, each evaluation is replayed."""
+
+
+EVALUATIONS = {"heun": 2, "midpoint": 2, "rk4": 4}
+"""Of each step of the ODE but the last, where it is not one."""
 
 
 class Engine:
@@ -39,6 +44,7 @@ class Engine:
         *,
         method: Method,
         solver: SolverName,
+        churn: Churn | None,
         null_condition: Tensor | int | None,
         device: torch.device,
         precision: Precision,
@@ -47,8 +53,8 @@ class Engine:
         log: Callable[[str], None],
     ) -> None:
         self._net = net
-        *self._steps, end = levels(p, times)
-        self._levels = [*self._steps, at_data(end) if method == "ode" else end]
+        self._levels = levels(p, times)
+        self._steps = ode_steps(p, times, solver, churn) if method == "ode" else []
         self._method, self._solver = method, solver
         self._null = (
             null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
@@ -66,7 +72,8 @@ class Engine:
                 device, moved=lambda: Addresses(net), must=graph == "on", log=log
             )
         self.has_few_shapes = compile or self._cache is not None
-        evaluations = 2 * len(times) - 1 if (method, solver) == ("ode", "heun") else len(times)
+        calls = EVALUATIONS.get(solver, 1) if method == "ode" else 1
+        evaluations = calls * (len(times) - 1) + 1
         self._is_whole = evaluations <= WHOLE
         decide = graphs.CALLS_TO_DECIDE if self._cache is not None else 1
         self.calls_to_prepare = decide if self._is_whole else -(-decide // evaluations)
@@ -150,12 +157,13 @@ class Engine:
     ) -> Tensor:
         """Samples from noise z, by `net` in place of the network."""
         evaluate = Evaluator(
-            net, z, self._steps, cond=cond, guidance=weights, null_condition=self._null
+            net, z, self._levels[:-1], cond=cond, guidance=weights, null_condition=self._null
         )
         if self._method == "flow-map":
             return loops.flow_map(evaluate, z, self._levels)
         if self._method == "ode":
-            return loops.ode(evaluate, z, self._levels, SOLVERS[self._solver])
+            solver = SOLVERS[self._solver]
+            return loops.ode(evaluate, z, key, self._steps, self._levels[0], solver)
         return loops.multistep(evaluate, z, key, self._levels)
 
 

@@ -21,15 +21,18 @@ from fastcm.sampling import loops, solvers
 from fastcm.sampling.guidance import Evaluator
 from fastcm.sampling.guidance import Guidance as Guidance
 from fastcm.sampling.guidance import predict as predict
-from fastcm.sampling.levels import at_data, levels
+from fastcm.sampling.levels import levels
 from fastcm.sampling.loops import Constraint as Constraint
+from fastcm.sampling.steps import Churn, ode_steps
 
-SolverName = Literal["euler", "heun", "ddim", "dpmpp_2m"]
+SolverName = Literal["euler", "heun", "midpoint", "rk4", "ddim", "dpmpp_2m"]
 
 SOLVERS: dict[str, solvers.Solver] = {
-    "euler": solvers.euler,
-    "heun": solvers.heun,
-    "ddim": solvers.ddim,
+    "euler": solvers.stepwise(solvers.euler),
+    "heun": solvers.stepwise(solvers.heun),
+    "midpoint": solvers.stepwise(solvers.midpoint),
+    "rk4": solvers.stepwise(solvers.rk4),
+    "ddim": solvers.stepwise(solvers.ddim),
     "dpmpp_2m": solvers.dpmpp_2m,
 }
 
@@ -128,23 +131,33 @@ def ode(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    churn: Churn | None = None,
+    key: NoiseKey | None = None,
+    first_sample: int = 0,
 ) -> Tensor:
     """Integrate the probability-flow ODE from times[0] down to data.
 
     Args:
-        net, path, z, cond, guidance, null_condition: see `multistep`. Heun's second
-            evaluation takes the weight of the time it is at.
+        net, path, z, cond, guidance, null_condition: see `multistep`. The evaluation at the end
+            of a step (heun, rk4) takes the weight of the time it is at, one in the middle
+            (midpoint, rk4) that of the step's beginning.
         times: descending, in (t_min, t_max]; data is appended as the end, sigma = 0 also on
             `VarianceExploding`. No solver evaluates there.
-        solver: "euler", "ddim" or "dpmpp_2m": ``len(times)`` evaluations; "heun": twice that less
-            one. On `VariancePreserving` take "ddim" or "dpmpp_2m": in its t the velocity is
-            infinite at the data.
+        solver: "euler", "ddim" or "dpmpp_2m": one evaluation a step; "heun" or "midpoint": two;
+            "rk4": four; the last step, down to data, is of first order and one evaluation. On
+            `VariancePreserving` take "ddim" or "dpmpp_2m": in its t the velocity is infinite at
+            the data.
+        churn: fresh noise before the steps, of stream SAMPLE + 1 + i before step i; None: the
+            samples are a function of z. Not for "dpmpp_2m".
+        key: for the noise of `churn`.
+        first_sample: global index of row 0.
 
     Returns:
         Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
 
     Raises:
-        ValueError, TypeError: an unknown solver; see `multistep`.
+        ValueError, TypeError: an unknown solver; churn without key, or with a solver that it is
+            not defined for; see `multistep`.
 
     Source: `fastcm.sampling.solvers`.
     """
@@ -152,11 +165,16 @@ def ode(
     check_descending(p.path, times, fresh_noise=False)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
-    *steps, end = levels(p, times)
-    evaluate = Evaluator(net, z, steps, cond=cond, guidance=guidance, null_condition=null_condition)
+    if churn is not None and key is None:
+        raise ValueError("churn needs key, the NoiseKey of its noise, got None")
+    steps = ode_steps(p, times, solver, churn)
+    start, *more = levels(p, times)[:-1]
+    evaluate = Evaluator(
+        net, z, [start, *more], cond=cond, guidance=guidance, null_condition=null_condition
+    )
     if z.shape[0] == 0:
         return torch.empty_like(z)
-    return loops.ode(evaluate, z, [*steps, at_data(end)], SOLVERS[solver])
+    return loops.ode(evaluate, z, key, steps, start, SOLVERS[solver], first_sample=first_sample)
 
 
 def flow_map(

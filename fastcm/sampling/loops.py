@@ -16,6 +16,7 @@ from fastcm.rng import NoiseKey
 from fastcm.sampling.guidance import Evaluator, Rows
 from fastcm.sampling.levels import Level
 from fastcm.sampling.solvers import Solver
+from fastcm.sampling.steps import Step
 
 Constraint = Callable[[Tensor], Tensor]
 """``constraint(x0) -> x0``: the nearest samples ``[B, ...]`` that meet a condition."""
@@ -62,9 +63,28 @@ def multistep(
     return x0 if constraint is None else _constrained(constraint, x0)
 
 
-def ode(evaluate: Evaluator, z: Tensor, levels: Sequence[Level], solver: Solver) -> Tensor:
-    """Integrate the probability-flow ODE."""
-    return solver(evaluate, _first_state(z, levels[0], evaluate.rows), levels)
+def ode(
+    evaluate: Evaluator,
+    z: Tensor,
+    key: NoiseKey | None,
+    steps: Sequence[Step],
+    start: Level,
+    solver: Solver,
+    *,
+    first_sample: int = 0,
+) -> Tensor:
+    """Integrate the probability-flow ODE from z at `start`; the key is for steps with noise."""
+    rows = evaluate.rows
+
+    def renoise(x: Tensor, step: Step) -> Tensor:
+        assert key is not None and step.noise is not None
+        k, s = (rows(x, c) for c in step.noise)
+        stream = rng.SAMPLE + 1 + step.i
+        out = ops.noising(x, k, s, key, stream=stream, first_sample=first_sample)
+        assert isinstance(out, Tensor)
+        return out
+
+    return solver(evaluate, _first_state(z, start, rows), steps, renoise)
 
 
 def flow_map(evaluate: Evaluator, z: Tensor, levels: Sequence[Level]) -> Tensor:

@@ -28,6 +28,7 @@ from fastcm.sampling.functions import (
     check_descending,
 )
 from fastcm.sampling.guidance import Guidance, check_rows, guidance_weights
+from fastcm.sampling.steps import Churn
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
 
@@ -45,7 +46,9 @@ class Sampler:
         times: the descending evaluation times, instead of steps.
         method: "multistep" (one step with steps=1), "ode", or "flow-map" for a network of two
             times.
-        solver: of the ODE: "euler", "heun", "ddim" or "dpmpp_2m"; see `fastcm.sampling.ode`.
+        solver: of the ODE: "euler" (the default), "heun", "midpoint", "rk4", "ddim" or "dpmpp_2m";
+            see `fastcm.sampling.ode`.
+        churn: fresh noise before the steps of the ODE; see `fastcm.sampling.Churn`.
         grid: where the times of `steps` lie.
         shape: of one sample; needed to call the sampler with a number.
         null_condition: what stands for "no condition" under guidance.
@@ -73,7 +76,8 @@ class Sampler:
         steps: int | None = None,
         times: Sequence[float] | None = None,
         method: Method = "multistep",
-        solver: SolverName = "euler",
+        solver: SolverName | None = None,
+        churn: Churn | None = None,
         grid: Grid = UniformGrid(),
         shape: Sequence[int] | None = None,
         null_condition: Tensor | int | None = None,
@@ -88,11 +92,15 @@ class Sampler:
             raise ValueError("give steps or times, not both")
         for name, value, known in (
             ("method", method, get_args(Method)),
-            ("solver", solver, SOLVERS),
+            ("solver", solver or "euler", SOLVERS),
             ("graph", graph, ("auto", "on", "off")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if method != "ode":
+            for name, given in (("solver", solver), ("churn", churn)):
+                if given is not None:
+                    raise ValueError(f"{name} has a meaning only with method='ode', got {method!r}")
         check_precision(precision)
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -111,7 +119,8 @@ class Sampler:
         self.device = torch.empty(0, device=device).device  # with its index
         self.net = net.to(self.device)
         self.method = method
-        self.solver = solver
+        self.solver: SolverName = solver or "euler"
+        self.churn = churn
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
         self.batch_size = batch_size
@@ -120,7 +129,8 @@ class Sampler:
             self.parameterization,
             self.times,
             method=method,
-            solver=solver,
+            solver=self.solver,
+            churn=churn,
             null_condition=null_condition,
             device=self.device,
             precision=precision,

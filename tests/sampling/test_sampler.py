@@ -223,7 +223,10 @@ def test_a_compiled_network_samples_alike() -> None:
         ({"graph": "loop"}, "graph must be one of auto, on, off, got 'loop'"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
         ({"method": "sde"}, "method must be one of multistep, ode, flow-map, got 'sde'"),
-        ({"solver": "rk4"}, "solver must be one of euler, heun, ddim, dpmpp_2m, got 'rk4'"),
+        (
+            {"solver": "rk45"},
+            "solver must be one of euler, heun, midpoint, rk4, ddim, dpmpp_2m, got 'rk45'",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
