@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from torch import nn
 
 from fastcm.cli.runs import condition, labels, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder
@@ -37,6 +38,10 @@ def sample(
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
     label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
     guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
+    guide: Annotated[
+        Path | None,
+        typer.Option(help="run of a worse network: guidance away from it (autoguidance)"),
+    ] = None,
     batch: Annotated[
         int, typer.Option(help="samples computed at once; for a folder only whole batches")
     ] = 512,
@@ -66,6 +71,8 @@ def sample(
         raise ValueError(f"--solver has a meaning only with --method ode, not {method}")
     if method != "ode" and churn is not None:
         raise ValueError(f"--churn has a meaning only with --method ode, not {method}")
+    if guide is not None and guidance is None:
+        raise ValueError("--guide needs --guidance, the weight of it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sampler = Sampler.from_run(
         run,
@@ -78,8 +85,9 @@ def sample(
         batch_size=batch,
         precision=precision,
         compile=compile,
+        **({} if guide is None else {"guide": guide_of(guide, run, ema)}),
     )
-    if guidance is not None and labels(sampler, 0) is None:
+    if guidance is not None and guide is None and labels(sampler, 0) is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
     options: dict[str, Any] = {"seed": seed}
     if not out.suffix:
@@ -109,6 +117,25 @@ def churn_of(text: str) -> Churn:
     if len(numbers) not in (1, 3, 4):
         raise ValueError(f"--churn must be S_CHURN[,S_MIN,S_MAX[,S_NOISE]], got {text!r}")
     return Churn(*numbers)
+
+
+def guide_of(guide: Path, run: Path, ema: int) -> nn.Module:
+    """The network of another run, to guide that of `run`: of the same samples and path."""
+    theirs, ours = (Sampler.from_run(directory, ema=ema) for directory in (guide, run))
+    for what, a, b in (
+        ("samples", theirs.shape, ours.shape),
+        ("parameterization", theirs.parameterization, ours.parameterization),
+        ("classes", *(classes_of(s) for s in (theirs, ours))),
+    ):
+        if a != b:
+            raise ValueError(f"--guide {guide} has {what} {a}, and {run} has {b}: they must agree")
+    if any(getattr(s.net, "description", {}).get("guided") for s in (theirs, ours)):
+        raise ValueError("--guide has no meaning for networks that take the weight as an input")
+    return theirs.net
+
+
+def classes_of(sampler: Sampler) -> object:
+    return getattr(sampler.net, "description", {}).get("num_classes")
 
 
 def fill(

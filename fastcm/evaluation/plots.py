@@ -75,7 +75,7 @@ def ode_states(
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=False)
     steps = ode_steps(p, times, "euler")
-    evaluate = Evaluator(net, z, [step.at for step in steps])
+    evaluate = Evaluator(net, z)
     states = [steps[0].at.sigma * z]
     for step in steps:
         states.append(solvers.euler(evaluate, states[-1], step))

@@ -18,7 +18,7 @@ from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops, solvers
-from fastcm.sampling.guidance import Evaluator
+from fastcm.sampling.guidance import Evaluator, check_rows, guidance_weights
 from fastcm.sampling.guidance import Guidance as Guidance
 from fastcm.sampling.guidance import predict as predict
 from fastcm.sampling.levels import levels
@@ -47,6 +47,7 @@ def multistep(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    guide: Network | None = None,
     first_sample: int = 0,
     start: Tensor | None = None,
     constraint: Constraint | None = None,
@@ -62,7 +63,9 @@ def multistep(
         z: standard normals ``[B, ...]``.
         key: for the noise between evaluations.
         times: descending, in (t_min, t_max], the first usually t_max.
-        cond, guidance, null_condition: see `fastcm.sampling.guidance.Evaluator`.
+        cond, null_condition, guide: see `fastcm.sampling.guidance.Evaluator`.
+        guidance: a weight, of all samples or ``[B]`` of each; a sequence of one per time, or
+            ``[times, B]``; or a function of t that returns one.
         first_sample: global index of row 0.
         start: data ``[B, ...]`` that is edited: the first state is alpha start + sigma z; default
             pure noise.
@@ -81,7 +84,7 @@ def multistep(
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=True)
     *steps, end = levels(p, times)
-    evaluate = Evaluator(net, z, steps, cond=cond, guidance=guidance, null_condition=null_condition)
+    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
     if start is not None and (not isinstance(start, Tensor) or start.shape != z.shape):
         shown = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
         raise ValueError(f"start must have the shape of z, {list(z.shape)}, got {shown}")
@@ -106,6 +109,7 @@ def one_step(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    guide: Network | None = None,
 ) -> Tensor:
     """x0 = f(sigma(t_max) z, t_max): one network evaluation. See `multistep`."""
     p = as_parameterization(path)
@@ -118,6 +122,7 @@ def one_step(
         cond=cond,
         guidance=guidance,
         null_condition=null_condition,
+        guide=guide,
     )
 
 
@@ -131,6 +136,7 @@ def ode(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    guide: Network | None = None,
     churn: Churn | None = None,
     key: NoiseKey | None = None,
     first_sample: int = 0,
@@ -138,8 +144,8 @@ def ode(
     """Integrate the probability-flow ODE from times[0] down to data.
 
     Args:
-        net, path, z, cond, guidance, null_condition: see `multistep`. The evaluation at the end
-            of a step (heun, rk4) takes the weight of the time it is at, one in the middle
+        net, path, z, cond, guidance, null_condition, guide: see `multistep`. The evaluation at the
+            end of a step (heun, rk4) takes the weight of the time it is at, one in the middle
             (midpoint, rk4) that of the step's beginning.
         times: descending, in (t_min, t_max]; data is appended as the end, sigma = 0 also on
             `VarianceExploding`. No solver evaluates there.
@@ -168,10 +174,8 @@ def ode(
     if churn is not None and key is None:
         raise ValueError("churn needs key, the NoiseKey of its noise, got None")
     steps = ode_steps(p, times, solver, churn)
-    start, *more = levels(p, times)[:-1]
-    evaluate = Evaluator(
-        net, z, [start, *more], cond=cond, guidance=guidance, null_condition=null_condition
-    )
+    start = levels(p, times)[0]
+    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
     if z.shape[0] == 0:
         return torch.empty_like(z)
     return loops.ode(evaluate, z, key, steps, start, SOLVERS[solver], first_sample=first_sample)
@@ -186,6 +190,7 @@ def flow_map(
     cond: Tensor | None = None,
     guidance: Guidance | None = None,
     null_condition: Tensor | int | None = None,
+    guide: Network | None = None,
 ) -> Tensor:
     """Walk down with a network of two times: x_s = x_t - (t - s) u(x_t, t, s).
 
@@ -193,7 +198,7 @@ def flow_map(
         net: ``net(x, t, cond, s=s) -> u``.
         path: `Linear`, with prediction "v".
         times: descending, in (0, 1]; 0 is appended as the end. One evaluation each.
-        z, cond, guidance, null_condition: see `multistep`.
+        z, cond, guidance, null_condition, guide: see `multistep`.
 
     Returns:
         Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
@@ -207,14 +212,30 @@ def flow_map(
     check_velocity(p)
     check_descending(p.path, times, fresh_noise=False)
     *steps, end = levels(p, times)
-    evaluate = Evaluator(net, z, steps, cond=cond, guidance=guidance, null_condition=null_condition)
+    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
     if z.shape[0] == 0:
         return torch.empty_like(z)
     return loops.flow_map(evaluate, z, [*steps, end])
 
 
+def _evaluator(
+    net: Network,
+    z: Tensor,
+    times: Sequence[float],
+    cond: Tensor | None,
+    guidance: Guidance | None,
+    null_condition: Tensor | int | None,
+    guide: Network | None,
+) -> Evaluator:
+    check_rows(cond, len(z))
+    weights = None if guidance is None else guidance_weights(guidance, times, z)
+    return Evaluator(net, z, cond=cond, weights=weights, null_condition=null_condition, guide=guide)
+
+
 def as_parameterization(path: Path | Parameterization) -> Parameterization:
     """The path with its own prediction type, or what was given."""
+    if not isinstance(path, (Path, Parameterization)):
+        raise TypeError(f"path must be a Path or a Parameterization, got {path!r:.80}")
     return path if isinstance(path, Parameterization) else Parameterization(path)
 
 

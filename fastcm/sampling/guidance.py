@@ -26,8 +26,11 @@ from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
 from fastcm.sampling.levels import Level
 
-Guidance = Union[float, Sequence[float], Callable[[float], float]]
-"""A weight, one per evaluation time, or a schedule w(t)."""
+Weight = Union[float, Tensor]
+"""A number, or one of each sample: floats ``[B]``."""
+
+Guidance = Union[Weight, Sequence[Weight], Callable[[float], Weight]]
+"""A weight, one per evaluation time (also ``[times, B]``), or a schedule w(t)."""
 
 
 Rows = Callable[[Tensor, float], Tensor]
@@ -60,8 +63,12 @@ class Guided(NamedTuple):
 
     F: Tensor
     F_uncond: Tensor | None = None
-    weight: float = 1.0
+    weight: Weight = 1.0
     rows: Rows = rows
+
+    def weights(self, x: Tensor) -> Tensor:
+        """w of every sample of x, ``[B]``."""
+        return self.weight if isinstance(self.weight, Tensor) else self.rows(x, self.weight)
 
     def map(self, x: Tensor, a: float, b: float) -> Tensor:
         """a x + b (F_u + w (F - F_u)) in one pass, float32 (float64 if x or F is)."""
@@ -73,7 +80,7 @@ class Guided(NamedTuple):
             self.F,
             rows(x, -b),
             v_uncond=self.F_uncond,
-            guidance=rows(x, self.weight),
+            guidance=self.weights(x),
             scale=rows(x, a),
         )
 
@@ -82,29 +89,50 @@ class Guided(NamedTuple):
         if self.F_uncond is None:
             return self.F
         w = self.weight
+        if isinstance(w, Tensor):
+            return ops.boundary(self.F, self.F_uncond, w, 1.0 - w)
         return ops.boundary(self.F, self.F_uncond, rows(self.F, w), rows(self.F, 1.0 - w))
 
 
-def guidance_weights(guidance: Guidance, times: Sequence[float]) -> list[float]:
-    """One weight per time.
+def guidance_weights(guidance: Guidance, times: Sequence[float], z: Tensor) -> tuple[Weight, ...]:
+    """One weight per time: a float, or float64 ``[B]`` on the device of z ``[B, ...]``.
 
     Raises:
-        ValueError: a sequence of another length than `times`, a weight that is not finite.
+        ValueError: a sequence of another length than `times`, a tensor of another shape than
+            ``[B]`` or ``[times, B]``, a weight that is not finite.
+        TypeError: a weight that is no number.
     """
-    if callable(guidance):
-        weights = [float(guidance(t)) for t in times]
+    given: Sequence[Weight]
+    if isinstance(guidance, Tensor):
+        given = guidance.unbind() if guidance.dim() == 2 else [guidance] * len(times)
+    elif callable(guidance):
+        given = [guidance(t) for t in times]
     elif isinstance(guidance, Sequence):
-        weights = [float(w) for w in guidance]
+        given = guidance
     else:
-        weights = [float(guidance)] * len(times)
-    if len(weights) != len(times):
+        given = [guidance] * len(times)
+    if len(given) != len(times):
         raise ValueError(
             f"guidance must be a number, a function of t or one weight for each of the "
-            f"{len(times)} times, got {len(weights)} weights"
+            f"{len(times)} times, got {len(given)} weights"
         )
-    if not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"guidance weights must be finite, got {weights}")
-    return weights
+    return tuple(_weight(w, z) for w in given)
+
+
+def _weight(w: Weight, z: Tensor) -> Weight:
+    if isinstance(w, Tensor) and w.dim() > 0:
+        if w.shape != z.shape[:1]:
+            raise ValueError(
+                f"guidance as a tensor must be of one weight per sample, [{len(z)}] or "
+                f"[times, {len(z)}], got weights {list(w.shape)}"
+            )
+        finite, w = bool(w.isfinite().all()), w.to(z.device, torch.float64)
+    else:
+        w = float(w)
+        finite = math.isfinite(w)
+    if not finite:
+        raise ValueError(f"guidance weights must be finite, got {w}")
+    return w
 
 
 class Evaluator:
@@ -113,36 +141,41 @@ class Evaluator:
     Args:
         net: ``net(x, t, cond) -> F``.
         z: ``[B, ...]``, for the number of samples, the dtype and the device.
-        levels: of the evaluations, in the order of the weights.
         cond: tensor of B rows, or None.
-        guidance: a weight, one per level, or a function w(t). Where it is 1 the conditional rows
-            are evaluated alone.
+        weights: of the guidance, by time, from `guidance_weights`, or None. Where it is the number
+            1 the conditional rows are evaluated alone.
         null_condition: what stands for "no condition": a label, or a tensor that broadcasts to
             `cond`.
+        guide: ``guide(x, t, cond) -> F``, a worse network of the same parameterization, whose
+            output under the same condition stands in for the unconditional one.
 
     Raises:
         TypeError: `cond` is not a tensor.
-        ValueError: `cond` has not B rows; guidance without cond or null_condition, or of another
-            length than `levels`.
+        ValueError: `cond` has not B rows; weights without guide, cond or null_condition; a guide
+            without weights.
+
+    Source: Ho & Salimans 2022; Karras et al. 2024, "Guiding a diffusion model with a bad version of
+    itself", D_guide + w (D - D_guide).
     """
 
     def __init__(
         self,
         net: Network,
         z: Tensor,
-        levels: Sequence[Level],
         *,
         cond: Tensor | None = None,
-        guidance: Guidance | None = None,
+        weights: Sequence[Weight] | None = None,
         null_condition: Tensor | int | None = None,
+        guide: Network | None = None,
     ) -> None:
         check_rows(cond, len(z))
-        self._net, self._cond = net, cond
+        self._net, self._guide, self._cond = net, guide, cond
         self._both: Tensor | None = None
-        self._weights: Sequence[float] | None = None
-        if guidance is not None:
+        self._weights = weights
+        if guide is not None and weights is None:
+            raise ValueError("guide needs guidance, the weight of it, got None")
+        if weights is not None and guide is None:
             self._both = _both(cond, null_condition)
-            self._weights = guidance_weights(guidance, [level.t for level in levels])
         held = len(z) <= SMALL and not torch.compiler.is_compiling() and z.is_cpu
         self.rows: Rows = held_rows if held and not is_traced(z) else rows
 
@@ -157,8 +190,13 @@ class Evaluator:
         t = torch.full(x.shape[:1], at.c_noise, dtype=compute_dtype(x), device=x.device)
         s = None if to is None else torch.full_like(t, to.c_noise)
         weight = 1.0 if self._weights is None else self._weights[i]
-        F = _call(self._net, inputs, t, self._cond, self._both, weight, s)
-        return Guided(*F, weight, self.rows)
+        F, F_other = _call(self._net, inputs, t, self._cond, self._both, weight, s)
+        if self._guide is not None and not _is_one(weight):
+            second = {} if s is None else {"s": s}
+            # the network may have written to its t
+            t = torch.full_like(t, at.c_noise)
+            F_other = check_output("guide", self._guide(inputs, t, self._cond, **second), inputs)
+        return Guided(F, F_other, weight, self.rows)
 
 
 def predict(
@@ -196,17 +234,21 @@ def _call(
     t: Tensor,
     cond: Tensor | None,
     both: Tensor | None = None,
-    weight: float = 1.0,
+    weight: Weight = 1.0,
     s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output and, under guidance, that without condition."""
     second = {} if s is None else {"s": s}
-    if both is None or weight == 1.0:
+    if both is None or _is_one(weight):
         return check_output("net", net(inputs, t, cond, **second), inputs), None
     inputs, second = torch.cat([inputs, inputs]), {k: v.repeat(2) for k, v in second.items()}
     F = check_output("net", net(inputs, t.repeat(2), both, **second), inputs)
     F_cond, F_uncond = F.chunk(2)
     return F_cond, F_uncond
+
+
+def _is_one(weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == 1.0
 
 
 def check_rows(cond: Tensor | None, n: int) -> None:

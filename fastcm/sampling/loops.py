@@ -52,7 +52,7 @@ def multistep(
                 stream=stream,
                 first_sample=first_sample,
                 F_uncond=out.F_uncond,
-                guidance=None if out.F_uncond is None else rows(x, out.weight),
+                guidance=None if out.F_uncond is None else out.weights(x),
             )
         else:
             x0 = _constrained(constraint, out.map(x, at.a, at.b))

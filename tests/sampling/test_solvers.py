@@ -176,7 +176,7 @@ def test_exponential_solvers_see_of_a_path_its_noise_levels_alone(path, solver, 
         *starts, _ = levels(p, at)
         x = ratios[0] * z * starts[0].alpha
         steps = [Step(i, *both) for i, both in enumerate(pairwise(starts))]
-        evaluate = Evaluator(mixture(p), z, starts)
+        evaluate = Evaluator(mixture(p), z)
         x = sampling.SOLVERS[solver](evaluate, x, steps, lambda x, step: x)
         ends.append(x / starts[-1].alpha)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
