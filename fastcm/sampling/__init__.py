@@ -1,9 +1,10 @@
 """From noise to samples: as functions of tensors, and as `Sampler`, which batches and captures.
 
-`functions` are the algorithms, `solvers` the steps of the ODE, `guidance` the evaluation of the
-network; `sampler` cuts a request into batches, `engine` computes one of them. `editing` and
-`export` build on these. Imports the maths, `ops`, `networks`, `runs`, and
-what it shares with training: `graphs`, `precision`, `progress`.
+`functions` are the algorithms, checked and then run by `loops`; `levels` and `steps` hold what is
+known of the times before the first evaluation, `solvers` the formulas of the ODE, `guidance` the
+evaluation of the network; `search` finds times; `sampler` cuts a request into batches, `engine`
+computes one of them. `editing` and `export` build on these. Imports the maths, `ops`, `networks`,
+`runs`, and what it shares with training: `graphs`, `precision`, `progress`.
 """
 
 from fastcm.networks.protocol import append_weight as append_weight

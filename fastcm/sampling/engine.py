@@ -157,7 +157,9 @@ class Engine:
         key = NoiseKey.wrap(key_tensor)
         left = iter(() if given is None else given.unbind())
         whole = None if weights is None else [next(left) if w is None else w for w in weights]
-        in_training = [m for module in (self._net, *self._guides) for m in to_eval(module)]
+        in_training = to_eval(self._net)
+        for module in self._guides:
+            in_training += to_eval(module)
         try:
             z = ops.noise(shape, key, stream=rng.SAMPLE)
             return self.solve(net, guide, z, key, cond, whole)

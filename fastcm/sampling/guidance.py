@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm import ops
 from fastcm.networks.protocol import Network, check_output, unconditional
@@ -257,6 +257,23 @@ def check_rows(cond: Tensor | None, n: int) -> None:
         raise TypeError(f"cond must be a tensor of one row per sample, got {type(cond).__name__}")
     if cond is not None and cond.shape[:1] != (n,):
         raise ValueError(f"cond must have one row per sample, {n}, got shape {list(cond.shape)}")
+
+
+def check_labels(cond: Tensor | None, net: nn.Module) -> None:
+    """Raise ValueError for labels beyond the classes of a network that describes itself.
+
+    Those on a GPU are not waited for.
+    """
+    if cond is None or not cond.is_cpu or cond.is_floating_point() or cond.numel() == 0:
+        return
+    classes = getattr(net, "description", {}).get("num_classes")
+    if classes is None:
+        return
+    low, high = (int(v) for v in cond.aminmax())
+    if low < 0 or high > classes:
+        raise ValueError(
+            f"cond must hold labels in [0, {classes}), or {classes} for none, got {low}..{high}"
+        )
 
 
 def _both(cond: Tensor | None, null: Tensor | int | None) -> Tensor:

@@ -27,7 +27,7 @@ from fastcm.sampling.functions import (
     as_parameterization,
     check_descending,
 )
-from fastcm.sampling.guidance import Guidance, Weight, check_rows, guidance_weights
+from fastcm.sampling.guidance import Guidance, Weight, check_labels, check_rows, guidance_weights
 from fastcm.sampling.steps import Churn
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
@@ -67,6 +67,7 @@ class Sampler:
     a sample does not depend on what it is padded with.
 
     Raises:
+        TypeError: path is none, steps or batch_size is no int.
         ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
             precision or graph, graph="on" without a GPU.
     """
@@ -106,6 +107,9 @@ class Sampler:
                 if given is not None:
                     raise ValueError(f"{name} has a meaning only with method='ode', got {method!r}")
         check_precision(precision)
+        for name, number in (("steps", steps), ("batch_size", batch_size)):
+            if number is not None and not isinstance(number, SupportsIndex):
+                raise TypeError(f"{name} must be an int, got {number!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.parameterization = as_parameterization(path)
@@ -216,8 +220,8 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: n < 0, seed or first_sample out of range, unknown sample shape,
-                cond of another length, guidance that does not fit, or without guide, cond or
-                null_condition.
+                cond of another length or with labels beyond the network's classes, guidance that
+                does not fit, or without guide, cond or null_condition.
         """
         shape = self._checked(n, seed, first_sample, cond)
         n = shape[0]
@@ -320,6 +324,7 @@ class Sampler:
         if first_sample + shape[0] > 2**32:
             raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
         check_rows(cond, shape[0])
+        check_labels(cond, self.net)
         return shape
 
     def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
