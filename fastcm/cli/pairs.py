@@ -19,7 +19,9 @@ def pairs(
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     n: Annotated[int, typer.Option(help="how many")] = 10_000,
     steps: Annotated[int, typer.Option(help="of the solver")] = 50,
-    solver: Annotated[str, typer.Option(help="euler, heun, ddim or dpmpp_2m")] = "euler",
+    solver: Annotated[
+        str, typer.Option(help="euler, heun, midpoint, rk4, ddim or dpmpp_2m")
+    ] = "euler",
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     first: Annotated[int, typer.Option(help="index of the first")] = 0,
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,

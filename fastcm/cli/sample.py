@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from torch import nn
 
 from fastcm.cli.runs import condition, labels, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder, share
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
-from fastcm.sampling import Sampler
+from fastcm.sampling import Churn, Sampler
 from fastcm.training.parallel import launched, local_device
 
 
@@ -25,12 +26,22 @@ def sample(
         str | None,
         typer.Option(help="multistep, ode or flow-map; what suits the run if absent"),
     ] = None,
-    solver: Annotated[str, typer.Option(help="ode: euler, heun, ddim or dpmpp_2m")] = "euler",
+    solver: Annotated[
+        str | None,
+        typer.Option(help="ode: euler (the default), heun, midpoint, rk4, ddim or dpmpp_2m"),
+    ] = None,
+    churn: Annotated[
+        str | None, typer.Option(help="ode: fresh noise, S_CHURN[,S_MIN,S_MAX[,S_NOISE]]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
     label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
     guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
+    guide: Annotated[
+        Path | None,
+        typer.Option(help="run of a worse network: guidance away from it (autoguidance)"),
+    ] = None,
     batch: Annotated[
         int, typer.Option(help="samples computed at once; for a folder only whole batches")
     ] = 512,
@@ -59,20 +70,26 @@ def sample(
     check_range(n, first)
     if method is None:
         method = sampling_method(run)
-    if method != "ode" and solver != "euler":
+    if method != "ode" and solver is not None:
         raise ValueError(f"--solver has a meaning only with --method ode, not {method}")
+    if method != "ode" and churn is not None:
+        raise ValueError(f"--churn has a meaning only with --method ode, not {method}")
+    if guide is not None and guidance is None:
+        raise ValueError("--guide needs --guidance, the weight of it")
     sampler = Sampler.from_run(
         run,
         steps=steps,
         method=method,
         solver=solver,
+        churn=None if churn is None else churn_of(churn),
         ema=ema,
         device=local_device(),
         batch_size=batch,
         precision=precision,
         compile=compile,
+        **({} if guide is None else {"guide": guide_of(guide, run, ema)}),
     )
-    if guidance is not None and labels(sampler, 0) is None:
+    if guidance is not None and guide is None and labels(sampler, 0) is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
     options: dict[str, Any] = {"seed": seed}
     if not out.suffix:
@@ -91,6 +108,36 @@ def sample(
 
         save_grid(x, out)
     print(f"{n} samples of {list(x.shape[1:])} in {out}")
+
+
+def churn_of(text: str) -> Churn:
+    """The value of --churn: S_CHURN[,S_MIN,S_MAX[,S_NOISE]]."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3, 4):
+        raise ValueError(f"--churn must be S_CHURN[,S_MIN,S_MAX[,S_NOISE]], got {text!r}")
+    return Churn(*numbers)
+
+
+def guide_of(guide: Path, run: Path, ema: int) -> nn.Module:
+    """The network of another run, to guide that of `run`: of the same samples and path."""
+    theirs, ours = (Sampler.from_run(directory, ema=ema) for directory in (guide, run))
+    for what, a, b in (
+        ("samples", theirs.shape, ours.shape),
+        ("parameterization", theirs.parameterization, ours.parameterization),
+        ("classes", *(classes_of(s) for s in (theirs, ours))),
+    ):
+        if a != b:
+            raise ValueError(f"--guide {guide} has {what} {a}, and {run} has {b}: they must agree")
+    if any(getattr(s.net, "description", {}).get("guided") for s in (theirs, ours)):
+        raise ValueError("--guide has no meaning for networks that take the weight as an input")
+    return theirs.net
+
+
+def classes_of(sampler: Sampler) -> object:
+    return getattr(sampler.net, "description", {}).get("num_classes")
 
 
 def fill(

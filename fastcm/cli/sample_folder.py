@@ -114,6 +114,10 @@ def sample_folder(
         "shape": list(sampler.shape),
         "batch_size": sampler.batch_size,
     }
+    if sampler.churn is not None:
+        settings["churn"] = str(sampler.churn)
+    if sampler.guide is not None:
+        settings["guide"] = digest(sampler.guide.state_dict())
     if n == 0:
         return Drawn()
     out = _Folder(Path(folder), format, json.loads(json.dumps(settings)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -28,7 +27,8 @@ from fastcm.rng import NoiseKey
 from fastcm.sampling import Sampler, solvers
 from fastcm.sampling.engine import eval_mode
 from fastcm.sampling.functions import as_parameterization, check_descending
-from fastcm.sampling.guidance import evaluator
+from fastcm.sampling.guidance import Evaluator
+from fastcm.sampling.steps import ode_steps
 from fastcm.training import Trainer, warmup_cosine
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
@@ -74,12 +74,11 @@ def ode_states(
     """
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=False)
-    *levels, end = solvers.levels(p, times)
-    levels.append(solvers.at_data(end))
-    states = [levels[0].sigma * z]
-    for t, step in zip(times, pairwise(levels)):
-        x = states[-1]
-        states.append(solvers.euler(evaluator(net, p, x, [t]), x, step))
+    steps = ode_steps(p, times, "euler")
+    evaluate = Evaluator(net, z)
+    states = [steps[0].at.sigma * z]
+    for step in steps:
+        states.append(solvers.euler(evaluate, states[-1], step))
     return torch.stack(states)
 
 

@@ -51,19 +51,18 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
         RuntimeError: an operand is mapped by vmap.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and any(t is not None and _C.is_batchedtensor(t) for t in operands):
-        raise RuntimeError(
-            "the operators of fastcm cannot be mapped by vmap: their coefficients are per sample "
-            "and their noise depends on the index of the sample; make the mapped dimension part "
-            "of the batch"
-        )
     kernels, native, tracked = HAS_KERNELS, True, differentiable and torch.is_grad_enabled()
     for t in operands:
-        if t is not None:
-            kernels = kernels and t.is_cuda and t.dtype != torch.float64
-            native = (
-                native and t.is_cpu and t.dtype in _NATIVE and not (tracked and t.requires_grad)
+        if t is None:
+            continue
+        if not compiling and _C.is_batchedtensor(t):
+            raise RuntimeError(
+                "the operators of fastcm cannot be mapped by vmap: their coefficients are per "
+                "sample and their noise depends on the index of the sample; make the mapped "
+                "dimension part of the batch"
             )
+        kernels = kernels and t.is_cuda and t.dtype != torch.float64
+        native = native and t.is_cpu and t.dtype in _NATIVE and not (tracked and t.requires_grad)
     if kernels:
         return Door.KERNEL
     if not native:
@@ -71,18 +70,20 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
     if compiling:
         native = noisy and not torch.compiler.is_exporting()
     else:
-        native = not _is_traced(operands)
+        native = not is_traced(*operands)
     return Door.NATIVE if native and _has_native() else Door.REFERENCE
 
 
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 
 
-def _is_traced(operands: tuple[Tensor | None, ...]) -> bool:
+def is_traced(*operands: Tensor | None) -> bool:
     """Whether somebody looks over torch's shoulder, and would not see native code."""
+    for t in operands:  # any() of a generator costs more than all the rest here
+        if t is not None and type(t) is not Tensor and type(t) is not Parameter:
+            return True
     return (
-        any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in operands)
-        or _C.peek_interpreter_stack() is not None
+        _C.peek_interpreter_stack() is not None
         or _python_dispatch.is_in_torch_dispatch_mode()
         or forward_ad._current_level >= 0
     )

@@ -40,7 +40,7 @@ def noise(
 
     Source: Philox4x32-10, Salmon et al. 2011; Box-Muller.
     """
-    if len(shape) < 2 or any(size < 0 for size in shape):
+    if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be [B, ...] of rank >= 2, got {tuple(shape)}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")

@@ -78,7 +78,10 @@ def layout(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int] | No
 
     One dense layout with the batch outermost, shared by all, is permuted; else it is copied.
     """
-    if all(t is None or t.is_contiguous() for t in tensors):
+    for t in tensors:
+        if t is not None and not t.is_contiguous():
+            break
+    else:
         return list(tensors), None
     first = next(t for t in tensors if t is not None)
     strides = first.stride()

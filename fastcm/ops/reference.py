@@ -48,7 +48,10 @@ class Denoised:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the arithmetic on `tensors`: float64 if one of them is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def lift(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -49,14 +49,14 @@ def colourisation(grey: Tensor, weights: Sequence[float] = LUMINANCE) -> Constra
 
     Args:
         grey: ``[B, 1, H, W]``, `luminance` of the image, in -1..1.
-        weights: of the channels; of a sum of 1, so that grey and colours have one scale.
+        weights: of the channels, as `luminance` takes them; used as they are.
 
     Raises:
         ValueError: grey has more than one channel; see `luminance`.
     """
     if grey.dim() < 2 or grey.shape[1] != 1:
         raise ValueError(f"grey must be [B, 1, ...], got {describe(grey)}")
-    w = torch.tensor(list(weights), dtype=torch.float64)
+    w = _shares(weights)
     direction = w / w.square().sum()
 
     def constraint(x0: Tensor) -> Tensor:
@@ -69,15 +69,27 @@ def colourisation(grey: Tensor, weights: Sequence[float] = LUMINANCE) -> Constra
 def luminance(x: Tensor, weights: Sequence[float] = LUMINANCE) -> Tensor:
     """Grey of an image: ``[B, C, ...]`` with C = len(weights) to ``[B, 1, ...]``.
 
+    Args:
+        x: the image.
+        weights: of the channels; they sum to 1 but for their rounding to three digits, so that
+            grey and colours have one scale, and are used as they are.
+
     Raises:
         ValueError: another number of channels, weights that do not sum to 1.
     """
-    w = torch.tensor(list(weights), dtype=torch.float64)
-    if abs(float(w.sum()) - 1.0) > 1e-6:
-        raise ValueError(f"weights must sum to 1, got {list(weights)}")
+    w = _shares(weights)
     if x.dim() < 2 or x.shape[1] != len(w):
         raise ValueError(f"x must have {len(w)} channels, [B, {len(w)}, ...], got {describe(x)}")
     return (x * w.to(x).reshape(1, -1, *[1] * (x.dim() - 2))).sum(1, keepdim=True)
+
+
+def _shares(weights: Sequence[float]) -> Tensor:
+    """The weights, float64; the projection is exact for any sum, also of rounded ones."""
+    w = torch.tensor(list(weights), dtype=torch.float64)
+    # each of n numbers of three digits is off by 0.0005 at most; so is NaN refused
+    if not abs(float(w.sum()) - 1.0) <= 0.0005 * len(w) + 1e-6:
+        raise ValueError(f"weights must sum to 1, got {list(weights)}, of sum {float(w.sum()):g}")
+    return w
 
 
 def super_resolution(low: Tensor, factor: int) -> Constraint:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,14 +16,21 @@ from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
 from fastcm.precision import Autocast, Precision
 from fastcm.rng import NoiseKey
-from fastcm.sampling import solvers
-from fastcm.sampling.functions import SolverName, flow_map, multistep, ode
+from fastcm.sampling import loops
+from fastcm.sampling.functions import SOLVERS, SolverName
+from fastcm.sampling.guidance import Evaluator, Weight
+from fastcm.sampling.levels import levels
+from fastcm.sampling.steps import Churn, ode_steps
 
 Graph = Literal["auto", "on", "off"]
 Method = Literal["multistep", "ode", "flow-map"]
 
 WHOLE = 8
 """Evaluations up to which a batch is one graph; of more, each evaluation is replayed."""
+
+
+EVALUATIONS = {"heun": 2, "midpoint": 2, "rk4": 4}
+"""Of each step of the ODE but the last, where it is not one."""
 
 
 class Engine:
@@ -36,32 +44,44 @@ class Engine:
         *,
         method: Method,
         solver: SolverName,
+        churn: Churn | None,
         null_condition: Tensor | int | None,
+        guide: nn.Module | None,
         device: torch.device,
         precision: Precision,
         compile: bool,
         graph: Graph,
         log: Callable[[str], None],
     ) -> None:
-        self._net, self._p, self._times = net, p, times
-        self._levels = solvers.levels(p, times)
+        self._net = net
+        self._levels = levels(p, times)
+        self._steps = ode_steps(p, times, solver, churn) if method == "ode" else []
         self._method, self._solver = method, solver
         self._null = (
             null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
         )
-        self._device = device
+        self._device, self._on_cpu = device, device.type == "cpu"
+        self._lock = graphs.device_lock(device)
         self.eager: Network = Autocast(net, device.type) if precision == "bf16" else net
         self._network: Network = torch.compile(self.eager) if compile else self.eager
+        self._guides = [] if guide is None else [guide]
+        self.eager_guide: Network | None = guide
+        if guide is not None and precision == "bf16":
+            self.eager_guide = Autocast(guide, device.type)
+        self._guide: Network | None = self.eager_guide
+        if compile and self.eager_guide is not None:
+            self._guide = torch.compile(self.eager_guide)
         self._cache: graphs.GraphCache | None = None
         possible = graphs.available(device)
         if graph == "on" and not possible:
             raise ValueError(f"graph='on' needs a GPU, the sampler is on {device}")
         if graph != "off" and possible:
             self._cache = graphs.GraphCache(
-                device, moved=lambda: Addresses(net), must=graph == "on", log=log
+                device, moved=lambda: Addresses(net, *self._guides), must=graph == "on", log=log
             )
         self.has_few_shapes = compile or self._cache is not None
-        evaluations = 2 * len(times) - 1 if (method, solver) == ("ode", "heun") else len(times)
+        calls = EVALUATIONS.get(solver, 1) if method == "ode" else 1
+        evaluations = calls * (len(times) - 1) + 1
         self._is_whole = evaluations <= WHOLE
         decide = graphs.CALLS_TO_DECIDE if self._cache is not None else 1
         self.calls_to_prepare = decide if self._is_whole else -(-decide // evaluations)
@@ -72,7 +92,7 @@ class Engine:
         shape: tuple[int, ...],
         key: Tensor,
         cond: Tensor | None,
-        weights: tuple[float, ...] | None,
+        weights: tuple[Weight, ...] | None,
     ) -> None:
         """Compute samples of `shape`, the first of which go to `out`; under no_grad.
 
@@ -81,18 +101,20 @@ class Engine:
             shape: ``[B, ...]``.
             key: (seed, 0, first sample), on the host.
             cond: B rows, or None.
-            weights: of the guidance, one per time, or None.
+            weights: of the guidance, one per time, numbers or B rows, or None.
         """
         if self._cache is None:
             out.copy_(self.run(shape, key, cond, weights)[: len(out)])
             return
-        with graphs.device_lock(self._device), self._cache.side():
+        with self._lock, self._cache.side():
             if self._is_whole:
-                work = partial(self._run, self._network, shape, weights)
-                x = self._cache((shape, weights), work, key, cond)
+                fixed, given = apart(weights)
+                work = partial(self._run, self._network, self._guide, shape, fixed)
+                x = self._cache((shape, fixed), work, key, cond, given)
             else:
                 at = key.to(self._device, non_blocking=True)
-                x = self._run(self._replayed, shape, weights, at, cond)
+                guide = None if self._guide is None else self._replayed_guide
+                x = self._run(self._replayed, guide, shape, weights, at, cond)
             out.copy_(x[: len(out)])
 
     def run(
@@ -100,67 +122,96 @@ class Engine:
         shape: tuple[int, ...],
         key: Tensor,
         cond: Tensor | None,
-        weights: tuple[float, ...] | None,
+        weights: tuple[Weight, ...] | None,
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
-        with graphs.device_lock(self._device):
-            return self._run(
-                self._network, shape, weights, key.to(self._device, non_blocking=True), cond
-            )
+        with self._lock:
+            if not self._on_cpu:
+                key = key.to(self._device, non_blocking=True)
+            return self._run(self._network, self._guide, shape, weights, key, cond)
 
     def _replayed(
         self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None = None
     ) -> Tensor:
         assert self._cache is not None
-        if s is None:
-            return self._cache("network", self._network, x, t, cond)
-        return self._cache("two times", self._of_two_times, x, t, cond, s)
+        F = self._cache("network", partial(_of_two_times, self._network), x, t, cond, s)
+        return F.clone() if self._guides else F  # graphs share memory: the guide's is next
 
-    def _of_two_times(self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor) -> Tensor:
-        return self._network(x, t, cond, s=s)
+    def _replayed_guide(
+        self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None = None
+    ) -> Tensor:
+        assert self._cache is not None and self._guide is not None
+        return self._cache("guide", partial(_of_two_times, self._guide), x, t, cond, s)
 
     def _run(
         self,
         net: Network,
+        guide: Network | None,
         shape: tuple[int, ...],
-        weights: tuple[float, ...] | None,
+        weights: tuple[Weight | None, ...] | None,
         key_tensor: Tensor,
         cond: Tensor | None,
+        given: Tensor | None = None,
     ) -> Tensor:
+        """With weights, of which those that are None are the rows of `given`."""
         key = NoiseKey.wrap(key_tensor)
-        with eval_mode(self._net):
+        left = iter(() if given is None else given.unbind())
+        whole = None if weights is None else [next(left) if w is None else w for w in weights]
+        in_training = to_eval(self._net)
+        for module in self._guides:
+            in_training += to_eval(module)
+        try:
             z = ops.noise(shape, key, stream=rng.SAMPLE)
-            return self.solve(net, z, key, cond, weights)
+            return self.solve(net, guide, z, key, cond, whole)
+        finally:
+            to_training(in_training)
 
     def solve(
         self,
         net: Network,
+        guide: Network | None,
         z: Tensor,
         key: NoiseKey,
         cond: Tensor | None,
-        weights: Sequence[float] | None,
+        weights: Sequence[Weight] | None,
     ) -> Tensor:
-        """Samples from noise z, by `net` in place of the network."""
-        settings: dict[str, Any] = {
-            "times": self._times,
-            "cond": cond,
-            "guidance": weights,
-            "null_condition": self._null,
-            "levels": self._levels,
-        }
+        """Samples from noise z, by `net` and `guide` in place of the networks."""
+        guide = None if weights is None else guide
+        evaluate = Evaluator(
+            net, z, cond=cond, weights=weights, null_condition=self._null, guide=guide
+        )
         if self._method == "flow-map":
-            return flow_map(net, self._p, z, **settings)
+            return loops.flow_map(evaluate, z, self._levels)
         if self._method == "ode":
-            return ode(net, self._p, z, solver=self._solver, **settings)
-        return multistep(net, self._p, z, key, **settings)
+            solver = SOLVERS[self._solver]
+            return loops.ode(evaluate, z, key, self._steps, self._levels[0], solver)
+        return loops.multistep(evaluate, z, key, self._levels)
+
+
+def _of_two_times(
+    net: Network, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None
+) -> Tensor:
+    return net(x, t, cond) if s is None else net(x, t, cond, s=s)
+
+
+def apart(
+    weights: tuple[Weight, ...] | None,
+) -> tuple[tuple[float | None, ...] | None, Tensor | None]:
+    """The weights that are numbers, None for the others, and these as ``[K, B]``."""
+    if weights is None:
+        return None, None
+    given = [w for w in weights if isinstance(w, Tensor)]
+    fixed = tuple(None if isinstance(w, Tensor) else w for w in weights)
+    return fixed, torch.stack(given) if given else None
 
 
 class Addresses:
     """Called, says whether parameters or buffers lie elsewhere than at the last call."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, *nets: nn.Module) -> None:
+        modules = [module for net in nets for module in net.modules()]
         # the dictionaries, not what is in them: a parameter may be replaced
-        self._held = [d for m in net.modules() for d in (m._parameters, m._buffers) if d]
+        self._held = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._last: list[int] = []
 
     def __call__(self) -> bool:
@@ -188,6 +239,16 @@ def batches(n: int, largest: int, *, few_shapes: bool) -> Iterator[tuple[int, in
         at += count
 
 
+def host_key(seed: int, first_sample: int) -> Tensor:
+    """The tensor of a `NoiseKey` on the host, of numbers that are valid."""
+    return torch.from_numpy(np.array((seed, 0, first_sample), np.int64))  # torch.tensor takes 2 us
+
+
+def of_samples(weights: tuple[Weight, ...], start: int, end: int, size: int) -> tuple[Weight, ...]:
+    """The weights of samples start .. end - 1, the last one repeated up to `size` of them."""
+    return tuple(padded(w[start:end], size) if isinstance(w, Tensor) else w for w in weights)
+
+
 def padded(rows: Tensor, size: int) -> Tensor:
     """`rows` with the last one repeated up to `size` of them."""
     missing = size - len(rows)
@@ -197,15 +258,29 @@ def padded(rows: Tensor, size: int) -> Tensor:
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
     """The network in eval mode; afterwards every submodule is in the mode it was in."""
-    in_training, left = [], [net]
-    while left:  # as net.modules(), but for its bookkeeping
-        module = left.pop()
-        left += [child for child in module._modules.values() if child is not None]
-        if module.training:
-            module.training = False
-            in_training.append(module)
+    in_training = to_eval(net)
     try:
         yield
     finally:
-        for module in in_training:
-            module.training = True
+        to_training(in_training)
+
+
+def to_eval(net: nn.Module) -> list[nn.Module]:
+    """Put the network in eval mode; returns those of its modules that were not."""
+    in_training: list[nn.Module] = []
+    modules: list[nn.Module | None] = [net]
+    for module in modules:  # which grows; as net.modules(), but for its bookkeeping
+        if module is None:
+            continue
+        children = module._modules
+        if children:
+            modules.extend(children.values())
+        if module.training:
+            module.training = False
+            in_training.append(module)
+    return in_training
+
+
+def to_training(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True

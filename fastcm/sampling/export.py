@@ -20,7 +20,7 @@ from fastcm.ops import reference
 from fastcm.ops.decompositions import REFERENCES
 from fastcm.rng import NoiseKey
 from fastcm.sampling.engine import eval_mode
-from fastcm.sampling.guidance import Guidance, evaluator, guidance_weights
+from fastcm.sampling.guidance import Evaluator, Guidance, Weight, guidance_weights
 from fastcm.sampling.sampler import Sampler
 
 
@@ -58,16 +58,16 @@ def export_sampler(
     if sampler.shape is None:
         raise ValueError("the sampler must know the shape of a sample: give Sampler(shape=...)")
     shape = (operator.index(n), *sampler.shape)
-    weights = None if guidance is None else guidance_weights(guidance, sampler.times)
+    like = torch.empty(shape[:1], device=sampler.device).reshape(-1, *[1] * len(shape[1:]))
+    weights = None if guidance is None else guidance_weights(guidance, sampler.times, like)
     # refuses what does not fit, before anything is traced
-    evaluator(
+    Evaluator(
         sampler.net,
-        sampler.parameterization,
-        torch.empty(shape, device="meta"),
-        sampler.times,
+        like,
         cond=cond,
-        guidance=weights,
+        weights=weights,
         null_condition=sampler.null_condition,
+        guide=None if weights is None else sampler.guide,
     )
     key = NoiseKey(0, device=sampler.device).tensor
     inputs = (key,) if cond is None else (key, cond.to(sampler.device))
@@ -85,10 +85,10 @@ class _Program(nn.Module):
     """The sampler as a function of tensors."""
 
     def __init__(
-        self, sampler: Sampler, shape: tuple[int, ...], weights: Sequence[float] | None
+        self, sampler: Sampler, shape: tuple[int, ...], weights: Sequence[Weight] | None
     ) -> None:
         super().__init__()
-        self.net = sampler.net
+        self.net, self.guide = sampler.net, sampler.guide
         self.engine = sampler.engine
         self.shape = shape
         self.weights = weights
@@ -96,4 +96,5 @@ class _Program(nn.Module):
     def forward(self, key: Tensor, cond: Tensor | None = None) -> Tensor:
         noise_key = NoiseKey.wrap(key)
         z = reference.noise(self.shape, noise_key, stream=rng.SAMPLE)
-        return self.engine.solve(self.engine.eager, z, noise_key, cond, self.weights)
+        engine = self.engine
+        return engine.solve(engine.eager, engine.eager_guide, z, noise_key, cond, self.weights)

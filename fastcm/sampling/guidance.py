@@ -11,23 +11,51 @@ a network needs no unconditional rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm import ops
 from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.ops.dispatch import is_traced
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
+from fastcm.sampling.levels import Level
 
-Guidance = Union[float, Sequence[float], Callable[[float], float]]
-"""A weight, one per evaluation time, or a schedule w(t)."""
+Weight = Union[float, Tensor]
+"""A number, or one of each sample: floats ``[B]``."""
 
-Evaluate = Callable[[Tensor, int], "Guided"]
-"""``evaluate(x, i)``: the network's output for x at the i-th time of a sampler."""
+Guidance = Union[Weight, Sequence[Weight], Callable[[float], Weight]]
+"""A weight, one per evaluation time (also ``[times, B]``), or a schedule w(t)."""
+
+
+Rows = Callable[[Tensor, float], Tensor]
+
+
+def rows(x: Tensor, value: float) -> Tensor:
+    """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
+    return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
+
+
+SMALL = 64
+"""Samples up to which coefficients are held from call to call: there a call is short."""
+
+
+def held_rows(x: Tensor, value: float) -> Tensor:
+    """As `rows`, of at most `SMALL` plain samples on a CPU, made once. Not to be written to."""
+    if value == 0.0:  # 0.0 and -0.0 are equal
+        return rows(x, value)
+    return _held(x.shape[0], value, compute_dtype(x))
+
+
+@functools.lru_cache(1024)
+def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # else it could not be saved for a backward pass later
+        return torch.full((n,), value, dtype=dtype, device="cpu")
 
 
 class Guided(NamedTuple):
@@ -35,10 +63,16 @@ class Guided(NamedTuple):
 
     F: Tensor
     F_uncond: Tensor | None = None
-    weight: float = 1.0
+    weight: Weight = 1.0
+    rows: Rows = rows
+
+    def weights(self, x: Tensor) -> Tensor:
+        """w of every sample of x, ``[B]``."""
+        return self.weight if isinstance(self.weight, Tensor) else self.rows(x, self.weight)
 
     def map(self, x: Tensor, a: float, b: float) -> Tensor:
         """a x + b (F_u + w (F - F_u)) in one pass, float32 (float64 if x or F is)."""
+        rows = self.rows
         if self.F_uncond is None:
             return ops.boundary(x, self.F, rows(x, a), rows(x, b))
         return ops.euler_step(
@@ -46,7 +80,7 @@ class Guided(NamedTuple):
             self.F,
             rows(x, -b),
             v_uncond=self.F_uncond,
-            guidance=rows(x, self.weight),
+            guidance=self.weights(x),
             scale=rows(x, a),
         )
 
@@ -55,83 +89,114 @@ class Guided(NamedTuple):
         if self.F_uncond is None:
             return self.F
         w = self.weight
+        if isinstance(w, Tensor):
+            return ops.boundary(self.F, self.F_uncond, w, 1.0 - w)
         return ops.boundary(self.F, self.F_uncond, rows(self.F, w), rows(self.F, 1.0 - w))
 
 
-def rows(x: Tensor, value: float) -> Tensor:
-    """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
-    return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
-
-
-def guidance_weights(guidance: Guidance, times: Sequence[float]) -> list[float]:
-    """One weight per time.
+def guidance_weights(guidance: Guidance, times: Sequence[float], z: Tensor) -> tuple[Weight, ...]:
+    """One weight per time: a float, or float64 ``[B]`` on the device of z ``[B, ...]``.
 
     Raises:
-        ValueError: a sequence of another length than `times`, a weight that is not finite.
+        ValueError: a sequence of another length than `times`, a tensor of another shape than
+            ``[B]`` or ``[times, B]``, a weight that is not finite.
+        TypeError: a weight that is no number.
     """
-    if callable(guidance):
-        weights = [float(guidance(t)) for t in times]
+    given: Sequence[Weight]
+    if isinstance(guidance, Tensor):
+        given = guidance.unbind() if guidance.dim() == 2 else [guidance] * len(times)
+    elif callable(guidance):
+        given = [guidance(t) for t in times]
     elif isinstance(guidance, Sequence):
-        weights = [float(w) for w in guidance]
+        given = guidance
     else:
-        weights = [float(guidance)] * len(times)
-    if len(weights) != len(times):
+        given = [guidance] * len(times)
+    if len(given) != len(times):
         raise ValueError(
             f"guidance must be a number, a function of t or one weight for each of the "
-            f"{len(times)} times, got {len(weights)} weights"
+            f"{len(times)} times, got {len(given)} weights"
         )
-    if not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"guidance weights must be finite, got {weights}")
-    return weights
+    return tuple(_weight(w, z) for w in given)
 
 
-def evaluator(
-    net: Network,
-    p: Parameterization,
-    z: Tensor,
-    times: Sequence[float],
-    *,
-    cond: Tensor | None = None,
-    guidance: Guidance | None = None,
-    null_condition: Tensor | int | None = None,
-    ends: Sequence[float] | None = None,
-) -> Evaluate:
-    """The network at the given times, one call per evaluation.
+def _weight(w: Weight, z: Tensor) -> Weight:
+    if isinstance(w, Tensor) and w.dim() > 0:
+        if w.shape != z.shape[:1]:
+            raise ValueError(
+                f"guidance as a tensor must be of one weight per sample, [{len(z)}] or "
+                f"[times, {len(z)}], got weights {list(w.shape)}"
+            )
+        finite, w = bool(w.isfinite().all()), w.to(z.device, torch.float64)
+    else:
+        w = float(w)
+        finite = math.isfinite(w)
+    if not finite:
+        raise ValueError(f"guidance weights must be finite, got {w}")
+    return w
+
+
+class Evaluator:
+    """The network at the levels of a sampler, one call per evaluation.
 
     Args:
         net: ``net(x, t, cond) -> F``.
-        p: its parameterization.
-        z: ``[B, ...]``, for the number of samples and the device.
-        times: of the evaluations.
+        z: ``[B, ...]``, for the number of samples, the dtype and the device.
         cond: tensor of B rows, or None.
-        guidance: a weight, one per time, or a function w(t). Where it is 1 the conditional rows
-            are evaluated alone.
+        weights: of the guidance, by time, from `guidance_weights`, or None. Where it is the number
+            1 the conditional rows are evaluated alone.
         null_condition: what stands for "no condition": a label, or a tensor that broadcasts to
             `cond`.
-        ends: the second time of each evaluation, for a network of two times.
-
-    Returns:
-        ``evaluate(x, i) -> Guided`` for x ``[B, ...]`` at ``times[i]``. The network's t is float32,
-        float64 where x is.
+        guide: ``guide(x, t, cond) -> F``, a worse network of the same parameterization, whose
+            output under the same condition stands in for the unconditional one.
 
     Raises:
         TypeError: `cond` is not a tensor.
-        ValueError: `cond` has not B rows; guidance without cond or null_condition, or of another
-            length than `times`.
+        ValueError: `cond` has not B rows; weights without guide, cond or null_condition; a guide
+            without weights.
+
+    Source: Ho & Salimans 2022; Karras et al. 2024, "Guiding a diffusion model with a bad version of
+    itself", D_guide + w (D - D_guide).
     """
-    check_rows(cond, len(z))
-    both: Tensor | None = None
-    weights = [1.0] * len(times)
-    if guidance is not None:
-        both = _both(cond, null_condition)
-        weights = guidance_weights(guidance, times)
 
-    def evaluate(x: Tensor, i: int) -> Guided:
-        t = torch.full(x.shape[:1], times[i], dtype=torch.float64, device=x.device)
-        s = None if ends is None else torch.full_like(t, ends[i])
-        return _call(net, p, x, t, cond, both, weights[i], s)
+    def __init__(
+        self,
+        net: Network,
+        z: Tensor,
+        *,
+        cond: Tensor | None = None,
+        weights: Sequence[Weight] | None = None,
+        null_condition: Tensor | int | None = None,
+        guide: Network | None = None,
+    ) -> None:
+        check_rows(cond, len(z))
+        self._net, self._guide, self._cond = net, guide, cond
+        self._both: Tensor | None = None
+        self._weights = weights
+        if guide is not None and weights is None:
+            raise ValueError("guide needs guidance, the weight of it, got None")
+        if weights is not None and guide is None:
+            self._both = _both(cond, null_condition)
+        held = len(z) <= SMALL and not torch.compiler.is_compiling() and z.is_cpu
+        self.rows: Rows = held_rows if held and not is_traced(z) else rows
 
-    return evaluate
+    def __call__(self, x: Tensor, at: Level, i: int, to: Level | None = None) -> Guided:
+        """The output for x ``[B, ...]`` at a level, with the i-th weight.
+
+        The network's t is float32, float64 where x is; `to` is the end of the step, for a network
+        of two times.
+        """
+        inputs = x if at.c_in is None else lift(self.rows(x, at.c_in), x) * x
+        # a network may write to its t, so it is made anew each time
+        t = torch.full(x.shape[:1], at.c_noise, dtype=compute_dtype(x), device=x.device)
+        s = None if to is None else torch.full_like(t, to.c_noise)
+        weight = 1.0 if self._weights is None else self._weights[i]
+        F, F_other = _call(self._net, inputs, t, self._cond, self._both, weight, s)
+        if self._guide is not None and not _is_one(weight):
+            second = {} if s is None else {"s": s}
+            # the network may have written to its t
+            t = torch.full_like(t, at.c_noise)
+            F_other = check_output("guide", self._guide(inputs, t, self._cond, **second), inputs)
+        return Guided(F, F_other, weight, self.rows)
 
 
 def predict(
@@ -147,37 +212,43 @@ def predict(
     """The network's output F at (x, t), with guidance F_u + w (F_c - F_u) if asked.
 
     Args:
-        net, p, cond, null_condition: see `evaluator`.
+        net, cond, null_condition: see `Evaluator`.
+        p: its parameterization.
         x: ``[B, ...]``.
         t: ``[B]``, float64.
         guidance: the weight w.
     """
     check_rows(cond, len(x))
+    c_in = p.c_in(t)
+    inputs = x if c_in is None else lift(c_in, x) * x
+    told = p.path.c_noise(t) if x.dtype == torch.float64 else p.c_noise(t)
     if guidance is None:
-        return _call(net, p, x, t, cond).F
-    return _call(net, p, x, t, cond, _both(cond, null_condition), guidance).combined()
+        return _call(net, inputs, told, cond)[0]
+    both = _both(cond, null_condition)
+    return Guided(*_call(net, inputs, told, cond, both, guidance), guidance).combined()
 
 
 def _call(
     net: Network,
-    p: Parameterization,
-    x: Tensor,
+    inputs: Tensor,
     t: Tensor,
     cond: Tensor | None,
     both: Tensor | None = None,
-    weight: float = 1.0,
+    weight: Weight = 1.0,
     s: Tensor | None = None,
-) -> Guided:
-    c_in = p.c_in(t)
-    inputs = x if c_in is None else lift(c_in, x) * x
-    c_noise = p.path.c_noise if x.dtype == torch.float64 else p.c_noise
-    told, second = c_noise(t), {} if s is None else {"s": c_noise(s)}
-    if both is None or weight == 1.0:
-        return Guided(check_output("net", net(inputs, told, cond, **second), inputs))
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, under guidance, that without condition."""
+    second = {} if s is None else {"s": s}
+    if both is None or _is_one(weight):
+        return check_output("net", net(inputs, t, cond, **second), inputs), None
     inputs, second = torch.cat([inputs, inputs]), {k: v.repeat(2) for k, v in second.items()}
-    F = check_output("net", net(inputs, told.repeat(2), both, **second), inputs)
+    F = check_output("net", net(inputs, t.repeat(2), both, **second), inputs)
     F_cond, F_uncond = F.chunk(2)
-    return Guided(F_cond, F_uncond, weight)
+    return F_cond, F_uncond
+
+
+def _is_one(weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == 1.0
 
 
 def check_rows(cond: Tensor | None, n: int) -> None:
@@ -186,6 +257,23 @@ def check_rows(cond: Tensor | None, n: int) -> None:
         raise TypeError(f"cond must be a tensor of one row per sample, got {type(cond).__name__}")
     if cond is not None and cond.shape[:1] != (n,):
         raise ValueError(f"cond must have one row per sample, {n}, got shape {list(cond.shape)}")
+
+
+def check_labels(cond: Tensor | None, net: nn.Module) -> None:
+    """Raise ValueError for labels beyond the classes of a network that describes itself.
+
+    Those on a GPU are not waited for.
+    """
+    if cond is None or not cond.is_cpu or cond.is_floating_point() or cond.numel() == 0:
+        return
+    classes = getattr(net, "description", {}).get("num_classes")
+    if classes is None:
+        return
+    low, high = (int(v) for v in cond.aminmax())
+    if low < 0 or high > classes:
+        raise ValueError(
+            f"cond must hold labels in [0, {classes}), or {classes} for none, got {low}..{high}"
+        )
 
 
 def _both(cond: Tensor | None, null: Tensor | int | None) -> Tensor:

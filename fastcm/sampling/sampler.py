@@ -17,17 +17,18 @@ from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
 from fastcm.progress import Progress
-from fastcm.rng import NoiseKey, check_key
+from fastcm.rng import check_key
 from fastcm.runs import checkpoint
 from fastcm.runs.description import parameterization_from
-from fastcm.sampling.engine import Engine, Graph, Method, batches, padded
+from fastcm.sampling.engine import Engine, Graph, Method, batches, host_key, of_samples, padded
 from fastcm.sampling.functions import (
     SOLVERS,
     SolverName,
     as_parameterization,
     check_descending,
 )
-from fastcm.sampling.guidance import Guidance, check_rows, guidance_weights
+from fastcm.sampling.guidance import Guidance, Weight, check_labels, check_rows, guidance_weights
+from fastcm.sampling.steps import Churn
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
 
@@ -45,10 +46,15 @@ class Sampler:
         times: the descending evaluation times, instead of steps.
         method: "multistep" (one step with steps=1), "ode", or "flow-map" for a network of two
             times.
-        solver: of the ODE: "euler", "heun", "ddim" or "dpmpp_2m"; see `fastcm.sampling.ode`.
+        solver: of the ODE: "euler" (the default), "heun", "midpoint", "rk4", "ddim" or "dpmpp_2m";
+            see `fastcm.sampling.ode`.
+        churn: fresh noise before the steps of the ODE; see `fastcm.sampling.Churn`.
         grid: where the times of `steps` lie.
         shape: of one sample; needed to call the sampler with a number.
         null_condition: what stands for "no condition" under guidance.
+        guide: under guidance, the network that stands in for the unconditional one (autoguidance):
+            of the same path and prediction, with the same `cond`; see
+            `fastcm.sampling.guidance.Evaluator`.
         batch_size: samples that are computed at once, at most.
         precision: "fp32", or "bf16": the network sees bfloat16, under autocast; the arithmetic
             around it stays float32.
@@ -61,6 +67,7 @@ class Sampler:
     a sample does not depend on what it is padded with.
 
     Raises:
+        TypeError: path is none, steps or batch_size is no int.
         ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
             precision or graph, graph="on" without a GPU.
     """
@@ -73,10 +80,12 @@ class Sampler:
         steps: int | None = None,
         times: Sequence[float] | None = None,
         method: Method = "multistep",
-        solver: SolverName = "euler",
+        solver: SolverName | None = None,
+        churn: Churn | None = None,
         grid: Grid = UniformGrid(),
         shape: Sequence[int] | None = None,
         null_condition: Tensor | int | None = None,
+        guide: nn.Module | None = None,
         batch_size: int = 512,
         precision: Precision = "fp32",
         compile: bool = False,
@@ -88,12 +97,19 @@ class Sampler:
             raise ValueError("give steps or times, not both")
         for name, value, known in (
             ("method", method, get_args(Method)),
-            ("solver", solver, SOLVERS),
+            ("solver", solver or "euler", SOLVERS),
             ("graph", graph, ("auto", "on", "off")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if method != "ode":
+            for name, given in (("solver", solver), ("churn", churn)):
+                if given is not None:
+                    raise ValueError(f"{name} has a meaning only with method='ode', got {method!r}")
         check_precision(precision)
+        for name, number in (("steps", steps), ("batch_size", batch_size)):
+            if number is not None and not isinstance(number, SupportsIndex):
+                raise TypeError(f"{name} must be an int, got {number!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.parameterization = as_parameterization(path)
@@ -110,8 +126,10 @@ class Sampler:
             device = next((q.device for q in held), torch.device("cpu"))
         self.device = torch.empty(0, device=device).device  # with its index
         self.net = net.to(self.device)
+        self.guide = None if guide is None else guide.to(self.device)
         self.method = method
-        self.solver = solver
+        self.solver: SolverName = solver or "euler"
+        self.churn = churn
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
         self.batch_size = batch_size
@@ -120,8 +138,10 @@ class Sampler:
             self.parameterization,
             self.times,
             method=method,
-            solver=solver,
+            solver=self.solver,
+            churn=churn,
             null_condition=null_condition,
+            guide=self.guide,
             device=self.device,
             precision=precision,
             compile=compile,
@@ -192,27 +212,30 @@ class Sampler:
             seed: 0 <= seed < 2**63.
             first_sample: index of the first; samples do not depend on how they are batched.
             cond: n rows of conditioning, or None.
-            guidance: weight of classifier-free guidance, one per time, or a function w(t).
+            guidance: weight of guidance, one per time, or a function w(t); a weight is a number,
+                or a tensor ``[n]`` of one per sample (``[times, n]`` for all times).
 
         Returns:
             ``[n, ...]`` float32, in the scale of the data (images: -1..1, not clamped).
 
         Raises:
             ValueError, TypeError: n < 0, seed or first_sample out of range, unknown sample shape,
-                cond of another length, guidance without cond or null_condition.
+                cond of another length or with labels beyond the network's classes, guidance that
+                does not fit, or without guide, cond or null_condition.
         """
         shape = self._checked(n, seed, first_sample, cond)
         n = shape[0]
-        weights = None if guidance is None else tuple(guidance_weights(guidance, self.times))
+        weights = None if guidance is None else self._weights(guidance, n)
         if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
-            key = NoiseKey(seed, first_sample=first_sample)
+            key = host_key(seed, first_sample)
             rows = None if cond is None else self._here(cond)
-            return self.engine.run(shape, key.tensor, rows, weights)
+            return self.engine.run(shape, key, rows, weights)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
-            key = NoiseKey(seed, first_sample=first_sample + start)
+            key = host_key(seed, first_sample + start)
             rows = None if cond is None else padded(self._here(cond[start:end]), size)
-            self.engine(out[start:end], (size, *shape[1:]), key.tensor, rows, weights)
+            some = None if weights is None else of_samples(weights, start, end, size)
+            self.engine(out[start:end], (size, *shape[1:]), key, rows, some)
         return out
 
     def stream(
@@ -246,8 +269,7 @@ class Sampler:
         if batch < 1:
             raise ValueError(f"batch must be >= 1, got {batch}")
         self._checked(total, seed, first_sample, None if callable(cond) else cond)
-        if guidance is not None:
-            guidance = guidance_weights(guidance, self.times)
+        weights = None if guidance is None else self._weights(guidance, total)
 
         def draw() -> Iterator[Tensor]:
             with Progress("sampling", total, show=progress) as bar:
@@ -256,7 +278,8 @@ class Sampler:
                     rows = cond[at : at + count] if isinstance(cond, Tensor) else None
                     if callable(cond):
                         rows = cond(index, count)
-                    yield self(count, seed=seed, first_sample=index, cond=rows, guidance=guidance)
+                    w = None if weights is None else of_samples(weights, at, at + count, count)
+                    yield self(count, seed=seed, first_sample=index, cond=rows, guidance=w)
                     bar.advance(count)
 
         return draw()
@@ -274,13 +297,19 @@ class Sampler:
         Args:
             sizes: numbers of samples.
             cond: one row, as an example of the conditioning that will come.
-            guidance: see `__call__`.
+            guidance: see `__call__`; a weight of one sample, ``[1]``, as an example.
         """
+        weights = None if guidance is None else self._weights(guidance, 1)
         for size in sorted(set(sizes), reverse=True):
             rows = None if cond is None else cond[:1].expand(size, *cond.shape[1:])
             for _ in range(self.engine.calls_to_prepare):
-                self(size, cond=rows, guidance=guidance)
+                w = None if weights is None else of_samples(weights, 0, 1, size)
+                self(size, cond=rows, guidance=w)
         return self
+
+    def _weights(self, guidance: Guidance, n: int) -> tuple[Weight, ...]:
+        like = torch.empty(n, 1, dtype=torch.float32, device=self.device)
+        return guidance_weights(guidance, self.times, like)
 
     def _here(self, cond: Tensor) -> Tensor:
         """On the sampler's device; a copy to a GPU is not waited for."""
@@ -295,6 +324,7 @@ class Sampler:
         if first_sample + shape[0] > 2**32:
             raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
         check_rows(cond, shape[0])
+        check_labels(cond, self.net)
         return shape
 
     def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:

@@ -234,6 +234,17 @@ def test_sampling_what_is_no_run_is_refused(tmp_path: Path, flow: Path) -> None:
     x = tmp_path / "x.png"
     assert "no checkpoint in" in fastcm_("sample", tmp_path, "--out", x, fails=True)
     assert "--label needs a run" in fastcm_("sample", flow, "--label", 1, "--out", x, fails=True)
+    guided = ("sample", flow, "--guide", flow, "--out", tmp_path / "z.npy")
+    assert "4 samples" in fastcm_(*guided, "--guidance", 2, "--n", 4)
+    assert "--guide needs --guidance" in fastcm_(*guided, fails=True)
+    churned = ("sample", flow, "--churn", "2,0.1,5", "--method")
+    assert "16 samples" in fastcm_(
+        *churned, "ode", "--steps", 2, "--n", 16, "--out", tmp_path / "y.png"
+    )
+    assert "--churn has a meaning" in fastcm_(*churned, "multistep", "--out", x, fails=True)
+    assert "--churn must be S_CHURN" in fastcm_(
+        *churned[:3], "2,1", *("--method", "ode"), "--out", x, fails=True
+    )
     assert "--solver has a meaning" in fastcm_(
         "sample", flow, "--method", "multistep", "--solver", "heun", "--out", x, fails=True
     )

@@ -31,6 +31,25 @@ def case(name: str, x: Tensor):
 CASES = ["inpainting", "colourisation", "super-resolution"]
 
 
+@pytest.mark.parametrize("weights", [(0.3333,) * 3, (0.333,) * 3, (0.2126, 0.7152, 0.0721)])
+def test_weights_that_sum_to_one_but_for_their_rounding_are_used_as_they_are(weights):
+    assert sum(weights) != 1.0
+    x, other = torch.randn(2, *WIDE, dtype=torch.float64).unbind()
+    grey = editing.luminance(x, weights)
+    plain = sum(w * c for w, c in zip(weights, x.unbind(1)))[:, None]
+    torch.testing.assert_close(grey, plain, rtol=1e-12, atol=1e-12)
+    constraint = editing.colourisation(grey, weights)
+    kept = constraint(other)
+    torch.testing.assert_close(editing.luminance(kept, weights), grey, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(constraint(kept), kept, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_weights_are_refused_when_the_constraint_is_made():
+    for weights in ([0.3, 0.3, 0.3], [0.5, 0.5, 0.01], [math.nan, 0.5, 0.5]):
+        with pytest.raises(ValueError, match="weights must sum to 1"):
+            editing.colourisation(torch.zeros(1, 1, 2, 2), weights)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_constraint_is_the_orthogonal_projection_onto_what_is_known(name):
     x, guess, other = torch.randn(3, *WIDE, dtype=torch.float64)

@@ -223,7 +223,10 @@ def test_a_compiled_network_samples_alike() -> None:
         ({"graph": "loop"}, "graph must be one of auto, on, off, got 'loop'"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
         ({"method": "sde"}, "method must be one of multistep, ode, flow-map, got 'sde'"),
-        ({"solver": "rk4"}, "solver must be one of euler, heun, ddim, dpmpp_2m, got 'rk4'"),
+        (
+            {"solver": "rk45"},
+            "solver must be one of euler, heun, midpoint, rk4, ddim, dpmpp_2m, got 'rk45'",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -252,6 +255,33 @@ def test_calls_out_of_range_are_refused(
     with pytest.raises(error, match=message):
         s(**call)
     assert s.net.calls == []
+
+
+@pytest.mark.parametrize("number", [1.5, 2.0, "2"])
+def test_numbers_of_steps_are_ints(number: Any) -> None:
+    for name in ("steps", "batch_size"):
+        with pytest.raises(TypeError, match=rf"{name} must be an int, got {number!r}"):
+            sampler(**{name: number})
+
+
+def test_options_of_the_ode_are_refused_elsewhere() -> None:
+    for method in ("multistep", "flow-map"):
+        with pytest.raises(ValueError, match=f"solver has a meaning only .* got '{method}'"):
+            sampler(method=method, solver="heun")
+    assert sampler(method="ode").solver == "euler"
+
+
+def test_a_path_by_its_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="path must be a Path or a Parameterization, got 'linear'"):
+        Sampler(Pointwise(), "linear")  # type: ignore[arg-type]
+
+
+def test_labels_beyond_the_classes_are_named() -> None:
+    s = Sampler(MLP((6,), width=8, num_classes=3), fastcm.Linear(), shape=(6,))
+    assert s(2, cond=torch.tensor([0, 3])).shape == (2, 6)  # 3 stands for none
+    for cond in ([0, 4], [-1, 0]):
+        with pytest.raises(ValueError, match=r"cond must hold labels in \[0, 3\), or 3 for none"):
+            s(2, cond=torch.tensor(cond))
 
 
 def test_a_stream_refuses_at_once() -> None:

@@ -15,7 +15,9 @@ from fastcm.networks import GaussianMixture
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Linear, TrigFlow, VarianceExploding, VariancePreserving
 from fastcm.sampling import solvers
-from fastcm.sampling.guidance import Guided, evaluator
+from fastcm.sampling.guidance import Evaluator, Guided
+from fastcm.sampling.levels import levels
+from fastcm.sampling.steps import Step
 
 MEAN = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
 STD = torch.tensor([0.6, 0.3, 1.2], dtype=torch.float64)
@@ -81,6 +83,18 @@ def error(p: Parameterization, solver: str, times: list[float]) -> float:
     return (got - exact).abs().max().item()
 
 
+def error_to_last(p: Parameterization, solver: str, times: list[float]) -> float:
+    """Against the exact flow to the last time, relative to what the last step makes of it."""
+    z = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net = GaussianMixture(MEAN[None], STD[None], None, p)
+    got = sampling.ode(net, p, z, times=times, solver=solver)
+    (alpha, sigma), (alpha_e, sigma_e) = (levels_at(p.path, t) for t in (times[0], times[-1]))
+    ratio = ((alpha_e * STD).square() + sigma_e**2) / ((alpha * STD).square() + sigma**2)
+    exact = alpha_e * MEAN + ratio.sqrt() * (sigma * z - alpha * MEAN)
+    last = sampling.ode(net, p, exact / sigma_e, times=[times[-1]], solver=solver)
+    return (got - last).abs().max().item()
+
+
 @pytest.mark.parametrize("p", CASES, ids=case)
 def test_euler_is_of_first_order(p):
     first, second = (error(p, "euler", even_times(p.path, n)) for n in (64, 128))
@@ -101,6 +115,31 @@ def test_heun_is_of_second_order(p):
     assert second < 0.1 * error(p, "euler", even_times(p.path, 128))
     if not isinstance(p.path, VariancePreserving):  # whose velocity jumps at every integer t
         assert 3.5 < first / second < 4.6
+
+
+@pytest.mark.parametrize("p", CASES, ids=case)
+def test_midpoint_is_of_second_order(p):
+    first, second = (error(p, "midpoint", even_times(p.path, n)) for n in (64, 128))
+    assert second < 0.1 * error(p, "euler", even_times(p.path, 128))
+    if not isinstance(p.path, VariancePreserving):
+        # on the straight path the leading error of a Gaussian cancels
+        assert 3.5 < first / second < (8.5 if isinstance(p.path, Linear) else 4.6)
+
+
+@pytest.mark.parametrize("p", CASES, ids=case)
+def test_rk4_is_of_fourth_order(p):
+    if isinstance(p.path, VariancePreserving):
+        first, second = (error(p, s, even_times(p.path, 128)) for s in ("euler", "rk4"))
+        assert second < 0.1 * first
+        return
+
+    def times(n: int) -> list[float]:
+        if isinstance(p.path, VarianceExploding):  # far from both ends
+            return [0.5 + k / n * 7.5 for k in range(n, -1, -1)]
+        return even_times(p.path, n)
+
+    first, second = (error_to_last(p, "rk4", times(n)) for n in (16, 32))
+    assert 12 < first / second < 30
 
 
 @pytest.mark.parametrize("p", CASES, ids=case)
@@ -134,10 +173,12 @@ def test_exponential_solvers_see_of_a_path_its_noise_levels_alone(path, solver, 
     z = torch.randn(5, 4, dtype=torch.float64)
     ends = []
     for p, at in ((Parameterization(path), times), (Parameterization(exploding), ratios)):
-        *levels, _ = solvers.levels(p, at)
-        x = ratios[0] * z * levels[0].alpha
-        x = sampling.SOLVERS[solver](evaluator(mixture(p), p, z, at), x, levels)
-        ends.append(x / levels[-1].alpha)
+        *starts, _ = levels(p, at)
+        x = ratios[0] * z * starts[0].alpha
+        steps = [Step(i, *both) for i, both in enumerate(pairwise(starts))]
+        evaluate = Evaluator(mixture(p), z)
+        x = sampling.SOLVERS[solver](evaluate, x, steps, lambda x, step: x)
+        ends.append(x / starts[-1].alpha)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
 
 
@@ -145,22 +186,32 @@ def plain(net, solver: str, x: Tensor, times: list[float], guided) -> Tensor:
     """The solvers as their papers write them, on velocities and denoisers of `net`."""
     ends = [*times, 0.0]  # EDM and k-diffusion end at sigma = 0, too
 
-    def at(kind: str, x: Tensor, i: int) -> Tensor:
-        t = torch.full((len(x),), ends[i], dtype=torch.float64)
+    def at(kind: str, x: Tensor, time: float) -> Tensor:
+        t = torch.full((len(x),), time, dtype=torch.float64)
         f = getattr(net, kind)
         c, u = (f(x, t, guided[0]), f(x, t, guided[1]))
         return u + guided[2] * (c - u)
 
     before, h_before = None, math.nan
     for i, (t, s) in enumerate(pairwise(ends)):
-        if solver == "euler" or (solver == "heun" and i == len(times) - 1):
-            x = x - (t - s) * at("velocity", x, i)
+        if solver == "euler" or (solver in ("heun", "midpoint", "rk4") and i == len(times) - 1):
+            x = x - (t - s) * at("velocity", x, t)
+        elif solver == "midpoint":
+            m = 0.5 * (t + s)
+            x = x - (t - s) * at("velocity", x - (t - m) * at("velocity", x, t), m)
+        elif solver == "rk4":
+            m, h = 0.5 * (t + s), t - s
+            v1 = at("velocity", x, t)
+            v2 = at("velocity", x - h / 2 * v1, m)
+            v3 = at("velocity", x - h / 2 * v2, m)
+            v4 = at("velocity", x - h * v3, s)
+            x = x - h * (v1 + 2 * v2 + 2 * v3 + v4) / 6
         elif solver == "heun":
-            v = at("velocity", x, i)
+            v = at("velocity", x, t)
             y = x - (t - s) * v
-            x = x - (t - s) * (v + at("velocity", y, i + 1)) / 2
+            x = x - (t - s) * (v + at("velocity", y, s)) / 2
         else:  # k-diffusion's sample_dpmpp_2m, on noise levels sigma with alpha = 1
-            D = at("denoiser", x, i)
+            D = at("denoiser", x, t)
             if s == 0:
                 return D
             h = math.log(t) - math.log(s)
@@ -181,6 +232,10 @@ def plain(net, solver: str, x: Tensor, times: list[float], guided) -> Tensor:
         (TrigFlow(), "euler"),
         (TrigFlow(), "heun"),
         (VarianceExploding(), "heun"),
+        (VarianceExploding(), "midpoint"),
+        (TrigFlow(), "midpoint"),
+        (Linear(), "rk4"),
+        (VarianceExploding(), "rk4"),
         (VarianceExploding(), "ddim"),
         (VarianceExploding(), "dpmpp_2m"),
     ],
@@ -244,6 +299,10 @@ def test_any_three_terms_combine_in_one_pass(signs):
         ("ddim", True, 5),
         ("heun", False, 9),
         ("heun", True, 13),
+        ("midpoint", False, 9),
+        ("midpoint", True, 13),
+        ("rk4", False, 21),
+        ("rk4", True, 33),
         ("dpmpp_2m", False, 8),  # 2 steps of second order of 2, one denoiser for the first
         ("dpmpp_2m", True, 8),
     ],
