@@ -389,6 +389,28 @@ def test_the_loss_is_one_graph(objective: Any) -> None:
     torch.testing.assert_close(compiled(*arguments), loss(*arguments), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("instant", [0.75, 0.5, 0.25, 0.0])
+def test_compiled_mean_flow_takes_a_network_that_views_its_times(instant: float) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, s: Tensor) -> Tensor:
+            return self.scale * (x + t[:, None, None] * x.flip(1) - s[:, None, None] ** 2)
+
+    net, objective = Views(), MeanFlow(instant=instant)
+
+    def loss(x0: Tensor, key: Tensor) -> Tensor:
+        mean: Tensor = objective.loss(net, Batch(x0, NoiseKey.wrap(key))).mean
+        return mean
+
+    torch._dynamo.reset()
+    arguments = torch.randn(8, 3, 2), NoiseKey(1).tensor
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), loss(*arguments), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", [MeanFlow(), ContinuousConsistency(warmup=3)])
 def test_a_compiled_run_is_the_eager_one_and_resumes_bit_for_bit(
     objective: Any, tmp_path: Any
