@@ -19,6 +19,7 @@ from fastcm.kernels import (
     attention_jvp,
     consistency_loss,
     grad_norm,
+    launch,
     noising,
     tick,
 )
@@ -193,17 +194,27 @@ def sampler_case(x: torch.dtype, F: torch.dtype, guided: bool = False) -> list[L
 
 
 def loss_case(
-    x: Tensor | State, y: Tensor | State, F: torch.dtype, D: int, metric: int, mapped: bool = True
+    x: Tensor | State,
+    y: Tensor | State,
+    F: torch.dtype,
+    D: int,
+    metric: int,
+    mapped: bool = True,
+    few: int = B,
 ) -> list[Launch]:
+    """With the configuration of a batch of `few` samples."""
     names = ("loss_kernel", "loss_partial_kernel", "loss_finish_kernel")
     one, partial, finish = (Recorder(getattr(consistency_loss, kernel)) for kernel in names)
-    size = consistency_loss.loss_scratch_size(B, D)
+    size, config = consistency_loss.loss_scratch_size(few, D), None
+    if size:
+        config = launch.chunked(few, D, F.itemsize, launch.target(samples(F, D)).warp_size)
+        size = B * launch.chunks(D, config)
     target_F = samples(F, D) if mapped else None
     target_a, target_b = (per_sample() if mapped else None for _ in range(2))
     consistency_loss.launch_consistency_loss(
         samples(F, D), x, per_sample(), per_sample(), y, target_F, target_a, target_b,
         per_sample(), per_sample(), samples(F, D), metric=metric,
-        scratch=torch.empty(size, device="meta") if size else None,
+        scratch=torch.empty(size, device="meta") if size else None, config=config,
         kernel=one, partial_kernel=partial, finish_kernel=finish,
     )  # fmt: skip
     return one.launches + partial.launches + finish.launches
@@ -319,6 +330,11 @@ def cases() -> dict[str, list[Launch]]:
     for D in (3072, 16384, 65536):
         x = state(FP32, D)
         rows[f"one noise, F fp32, D {D}"] = loss_case(x, same(x), FP32, D, huber)
+    for F, D in ((FP32, 16384), (BF16, 16384), (FP32, 65536)):
+        x = state(F, D)
+        rows[f"one noise, F {name(F)}, D {D}, 8 samples"] = loss_case(
+            x, same(x), F, D, huber, few=8
+        )
     x = state(BF16, 3072)
     rows["one noise, F bf16, D 3072"] = loss_case(x, same(x), BF16, 3072, huber)
     x = state(FP32, 16384)

@@ -1,12 +1,16 @@
 """The consistency loss: both boundary maps, residual, metric and weight, with dloss / dF at once.
 
 A sample of at most `launch.MAX_SAMPLE` elements is one program, its residual stays in registers
-between the reduction and the gradient. A larger one takes two launches: partial sums, then every
-program adds them up in the same order and makes its residual again. There are no atomics, and the
-number of partial sums follows from the sample alone, so the bits do not depend on the machine.
+between the reduction and the gradient. A larger one, or a large one of a small batch
+(`launch.split`), takes two launches: partial sums, then every program adds them up in the same
+order and makes its residual again. There are no atomics, and the number of partial sums follows
+from B and D alone: the bits do not depend on how many multiprocessors a machine has, and those of
+a sample above `launch.MAX_SAMPLE` / 2 elements depend on the size of its batch where that is small.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
@@ -230,7 +234,7 @@ def loss_finish_kernel(
 
 def loss_scratch_size(B: int, D: int) -> int:
     """float32 elements of the scratch that `launch_consistency_loss` needs; 0 in one launch."""
-    return 0 if D <= launch.MAX_SAMPLE else B * launch.chunks(D, launch.chunked(D, 4))
+    return B * launch.chunks(D, launch.chunked(B, D, 4)) if launch.split(B, D) else 0
 
 
 def launch_consistency_loss(
@@ -286,7 +290,7 @@ def launch_consistency_loss(
     if D == 0:
         loss.zero_()
         return
-    make = launch.per_sample if scratch is None else launch.chunked
+    make = launch.per_sample if scratch is None else partial(launch.chunked, B)
     config, fast = configure(config, make, D, F, x.x, target.x, target_F, grad)
     sources = (
         F, a, b, *x.arguments(), *target.arguments(),

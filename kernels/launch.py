@@ -1,8 +1,9 @@
 """How the kernels are launched: configurations as pure functions of sizes, and address arithmetic.
 
 Nothing is tuned at run time. A configuration follows from the elements per sample, the narrowest
-float that is read or written and the warp size, so the same call compiles to the same code and
-adds in the same order on every machine; a measured better one is passed as ``config=``.
+float that is read or written and the warp size, for the loss also from the samples of the batch, so
+the same call compiles to the same code and adds in the same order on every machine; a measured
+better one is passed as ``config=``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ MAX_SAMPLE = 16384
 """Largest sample that one program of the consistency loss keeps in registers."""
 
 LOSS_BLOCK = 4096
+MIN_LOSS_BLOCK = 1024
+FEW_PROGRAMS = 128
+"""Programs that leave multiprocessors idle. A constant, and not the number of those that a device
+has: on that the order of a sum, and with it the bits of a run, would depend."""
+
 MAX_CHUNKS = 512
 """Largest number of partial sums per sample: it bounds what each program adds up again."""
 
@@ -139,10 +145,25 @@ def per_sample(D: int, width: int, warp_size: int = 32) -> LaunchConfig:
     return LaunchConfig(block, warps(block, warp_size), VECTOR=16 // width, TAIL=tail)
 
 
-def chunked(D: int, width: int, warp_size: int = 32) -> LaunchConfig:
+def split(B: int, D: int) -> bool:
+    """Whether the loss spreads a sample over several programs, in two launches.
+
+    Above MAX_SAMPLE it has to. Below, the second launch makes every residual again: k programs do
+    the work of one in 2 / k of its time where multiprocessors are idle, and what they save must
+    pay for a launch. So only the largest samples are split, of batches that leave room for 8
+    programs each. One of 16384 then costs its multiprocessor 1400 cycles of issue instead of 5200,
+    one of 3072 as a whole 1000 (counted in the code for sm_90).
+    """
+    return D > MAX_SAMPLE or (D > MAX_SAMPLE // 2 and 8 * B <= FEW_PROGRAMS)
+
+
+def chunked(B: int, D: int, width: int, warp_size: int = 32) -> LaunchConfig:
     """For samples of many programs that reduce in a fixed order, at most MAX_CHUNKS of them."""
+    block = LOSS_BLOCK
+    while block > MIN_LOSS_BLOCK and B * ceil_div(D, block) < FEW_PROGRAMS:
+        block //= 2
     steps = ceil_div(D, LOSS_BLOCK * MAX_CHUNKS)
-    return LaunchConfig(LOSS_BLOCK, warps(LOSS_BLOCK, warp_size), VECTOR=16 // width, STEPS=steps)
+    return LaunchConfig(block, warps(block, warp_size), VECTOR=16 // width, STEPS=steps)
 
 
 def streamed(width: int, warp_size: int = 32) -> LaunchConfig:

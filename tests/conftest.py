@@ -7,6 +7,7 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # tiny tensors: threads cost more than they give, several times so where cores are shared
@@ -33,6 +34,13 @@ from fastcm.optim import backends, one_sweep
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of random inputs; default: fresh in each run")
     parser.addoption("--kills", type=int, default=20, help="of the run in test_faults")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m gpu, do not import what has no such test: a GPU's image may lack what it needs."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return "pytest.mark.gpu" not in collection_path.read_text() or None
+    return None
 
 
 def pytest_configure(config: pytest.Config) -> None:

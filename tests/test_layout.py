@@ -154,6 +154,29 @@ def test_runs_without_triton() -> None:
     assert out.strip() == "(3, 2) False"
 
 
+def test_what_runs_on_a_gpu_is_found_where_only_torch_and_pytest_are() -> None:
+    """`make gpu` on the image of a machine: one file that fails to import would end it all."""
+    absent = (
+        "xdist hypothesis diffusers accelerate typer rich matplotlib PIL sklearn tomli pynvml "
+        "tensorboard pytest_benchmark"
+    )
+    code = (
+        "import sys, pytest\n"
+        f"sys.modules.update(dict.fromkeys({absent.split()}))\n"
+        "sys.exit(pytest.main(['--setup-plan', '-q', *sys.argv[1:]]))"
+    )
+    environment = os.environ | {"PYTHONPATH": ".", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for what in (["-m", "gpu", "tests"], [*map(str, sorted(ROOT.glob("benchmarks/test_*.py")))]):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *what],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout
+
+
 def test_wheel_built_from_the_sdist_imports_in_a_fresh_environment(tmp_path: Path) -> None:
     build = subprocess.run(
         [sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(ROOT)],

@@ -155,10 +155,62 @@ def test_every_dtype_and_shape_agrees_with_float64_autograd(B, D, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("D", [16384, 16384 + 7])
-def test_samples_around_the_limit_of_one_launch_agree(D, dtype, device):
-    assert (loss_scratch_size(1, D) == 0) == (D == 16384)
-    Problem.draw("x noised, target mapped noised alike", 1, D, dtype, device).check()
+@pytest.mark.parametrize(
+    ("B", "D"), [(1, 8192), (1, 8192 + 7), (1, 16384), (17, 16384), (1, 16391)]
+)
+def test_samples_around_the_limits_of_one_launch_agree(B, D, dtype, device):
+    assert (loss_scratch_size(B, D) == 0) == (D == 8192 or B == 17)
+    Problem.draw("x noised, target mapped noised alike", B, D, dtype, device).check()
+
+
+# samples, elements: elements and warps of a program, programs of a sample
+PROGRAMS = {
+    (8, 3072): (2048 + 1024, 4, 1),
+    (64, 3072): (2048 + 1024, 4, 1),
+    (512, 3072): (2048 + 1024, 4, 1),
+    (8, 16384): (1024, 2, 16),
+    (16, 16384): (2048, 4, 8),
+    (17, 16384): (8192 + 8192, 16, 1),
+    (64, 16384): (8192 + 8192, 16, 1),
+    (512, 16384): (8192 + 8192, 16, 1),
+    (1, 65536): (1024, 2, 64),
+    (8, 65536): (4096, 8, 16),
+    (512, 65536): (4096, 8, 16),
+}
+
+
+@pytest.mark.parametrize(("B", "D"), PROGRAMS)
+def test_large_samples_of_small_batches_are_spread_over_many_programs(B, D):
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **form: launches.append((grid, form))
+
+    F, x, target, grad = torch.empty(4, B, D, device="meta")
+    a, b, loss = torch.empty(3, B, device="meta")
+    size = loss_scratch_size(B, D)
+    launch_consistency_loss(
+        F, x, a, b, target, None, None, None, None, loss, grad,
+        metric=consistency_loss.SQUARED_L2,
+        scratch=torch.empty(size, device="meta") if size else None,
+        kernel=Recorder(), partial_kernel=Recorder(), finish_kernel=Recorder(),
+    )  # fmt: skip
+    elements, warps, programs = PROGRAMS[B, D]
+    assert len(launches) == (1 if programs == 1 else 2)
+    for grid, form in launches:
+        assert grid == (B * programs,)
+        assert form["BLOCK"] + form.get("TAIL", 0) == elements
+        assert form["num_warps"] == warps
+
+
+def test_the_order_of_a_sum_does_not_depend_on_the_machine(monkeypatch):
+    """Nothing that chooses a configuration asks how many multiprocessors there are."""
+    forbidden = lambda *args: pytest.fail("asked the device")  # noqa: E731
+    for name in ("get_device_properties", "get_device_capability", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+    for B, D in PROGRAMS:
+        assert loss_scratch_size(B, D) == B * PROGRAMS[B, D][2] * (PROGRAMS[B, D][2] > 1)
 
 
 def test_noise_is_shared_only_between_versions_of_one_sample_under_one_noise(device):
@@ -285,8 +337,8 @@ def test_neighbouring_times_need_and_get_a_float32_state(device):
 
 @pytest.mark.gpu
 def test_the_bits_repeat_on_a_gpu():
-    for D in (3072, 16384, 200_000):
-        problem = Problem.draw(FORMS[5], 8, D, torch.bfloat16, torch.device("cuda"))
+    for B, D in ((8, 3072), (8, 16384), (64, 16384), (8, 200_000)):
+        problem = Problem.draw(FORMS[5], B, D, torch.bfloat16, torch.device("cuda"))
         first = problem.launch()
         for _ in range(5):
             assert all(torch.equal(a, b) for a, b in zip(first, problem.launch()))

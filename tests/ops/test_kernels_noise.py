@@ -246,7 +246,10 @@ def test_launch_configurations_cover_the_sample_without_much_waste():
             assert launch.chunks(D, config) * config.BLOCK >= D
             assert launch.chunks(D, config) * config.BLOCK <= max(1.2 * D, 512)
             assert 1 <= config.num_warps * warp_size <= 512
-            assert launch.chunks(D, launch.chunked(D, 4, warp_size)) <= launch.MAX_CHUNKS
+            for B in (1, 16, 512):
+                config = launch.chunked(B, D, 4, warp_size)
+                assert launch.chunks(D, config) <= launch.MAX_CHUNKS
+                assert 1 <= config.num_warps * warp_size <= 512
             if D <= launch.MAX_SAMPLE:
                 config = launch.per_sample(D, 2, warp_size)
                 assert D <= config.BLOCK + config.TAIL <= max(1.5 * D, 128)
