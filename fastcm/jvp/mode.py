@@ -101,7 +101,7 @@ def jvp(
         out, tangent = torch.func.jvp(fn, primals, tangents)[:2]
         return out, tangent
     with forward_ad.dual_level():
-        duals = [dual(x, tx) for x, tx in flat]
+        duals = [dual(*_alike(x, tx)) for x, tx in flat]
         with JVPMode(strict):
             result = fn(*pytree.tree_unflatten(duals, structure))
         leaves, shape = pytree.tree_flatten(result)
@@ -157,6 +157,13 @@ def _agreed(primals: Any, tangents: Any) -> tuple[list[tuple[Tensor, Tensor]], A
                 f"{x.dtype} {list(x.shape)} and {tx.dtype} {list(tx.shape)}"
             )
     return list(zip(flat, flat_t)), structure
+
+
+def _alike(x: Tensor, tx: Tensor) -> tuple[Tensor, Tensor]:
+    """In one dense layout: compiled code makes no view of duals whose parts differ in theirs."""
+    if x.is_contiguous() and tx.is_contiguous():
+        return x, tx
+    return x.contiguous(), tx.contiguous()
 
 
 def _check_callable(fn: Callable[..., Any]) -> None:

@@ -247,6 +247,22 @@ def test_the_same_in_compiled_code(name: str) -> None:
         assert relative(mine, theirs) < 1e-4
 
 
+def test_views_with_gaps_compile() -> None:
+    x, tx = torch.randn(6, 3, 8)[:, 1], torch.randn(6, 8)
+    t, tt = torch.rand(6, 2)[:, 0], torch.ones(6)
+
+    def fn(x: Tensor, t: Tensor) -> Tensor:
+        return F.linear(x.reshape(-1, 2, 4).flatten(1), W, B) * t[:, None]
+
+    def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        out, tangent = jvp.jvp(fn, (x, t), (tx, tt))
+        return out, tangent
+
+    check(fn, (x, tx), (t, tt))
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(x, t)
+    torch.testing.assert_close(compiled, both(x, t))
+
+
 def test_our_attention_inside_of_other_peoples_derivatives() -> None:
     q, k, v, tq, tk, tv = (torch.randn(2, 3, 7, 8) for _ in range(6))
     exact = exact_tangent(F.scaled_dot_product_attention, (q, k, v), (tq, tk, tv))
