@@ -30,7 +30,7 @@ def train(objective: Any = None, optimizer: Any = None, **options: Any) -> Train
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "path": (lambda: Parameterization("linear"), r"path must be an object .* got 'linear'"),
-    "sampler": (lambda: fastcm.Sampler(MLP((2,)), "linear", steps=1), "path must be an object"),
+    "sampler": (lambda: fastcm.Sampler(MLP((2,)), "linear", steps=1), "path must be a"),
     "metric": (lambda: train(ConsistencyTraining(metric="l2")), "metric must be a function"),
     "weight": (lambda: train(FlowMatching(weight="snr")), r"weight must be .* got 'snr'"),
     "times": (lambda: train(FlowMatching(times="uniform")), r"times must be .* got 'uniform'"),
