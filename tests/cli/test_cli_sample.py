@@ -165,3 +165,31 @@ def test_a_folder_is_of_one_precision(
     assert low[0] == 0
     code, _, error = here(monkeypatch, capsys, command(run, out, "--n", 4))
     assert code == 2 and "precision: 'bf16' -> 'fp32'" in error
+
+
+def test_a_folder_is_of_one_guide_and_one_churn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guided = ("--n", 8, "--guidance", 2)
+    churned = ("--n", 8, "--method", "ode", "--churn")
+    for name, first, other in (
+        ("guide", (*guided, "--guide", run), guided),
+        ("churn", (*churned, 2), (*churned, 3)),
+    ):
+        out = tmp_path / name
+        assert here(monkeypatch, capsys, command(run, out, *first))[0] == 0
+        assert name in json.loads((out / SETTINGS).read_text())
+        code, _, error = here(monkeypatch, capsys, command(run, out, *other))
+        assert code == 2 and name in error
+
+
+def test_a_guide_of_other_samples_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"compile": False, "progress": False, "directory": tmp_path / "other"}
+    data = fastcm.Dataset(torch.rand(32, 1, 8, 8), torch.arange(32) % CLASSES)
+    net = network((1, 8, 8))
+    fastcm.Trainer(net, fastcm.FlowMatching(), data=data, batch_size=8, **options).fit(1)
+    guided = ("--guidance", 2, "--guide", tmp_path / "other")
+    code, _, error = here(monkeypatch, capsys, command(run, tmp_path / "out", *guided))
+    assert code == 2 and "has samples (1, 8, 8)" in error and not (tmp_path / "out").exists()
