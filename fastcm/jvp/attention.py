@@ -83,7 +83,7 @@ def attention_dual(
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Half precision on a GPU, heads of whole 16 bytes up to 128; else torch's own products.
 
-    Those are as fast in float32, where a Triton product of this many operands spills.
+    In float32 the kernel spills its registers at a head of 128, in every tile that was compiled.
     """
     D = q.shape[-1]
     return (
