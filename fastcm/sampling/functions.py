@@ -83,7 +83,6 @@ def multistep(
     """
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=True)
-    *steps, end = levels(p, times)
     evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
     if start is not None and (not isinstance(start, Tensor) or start.shape != z.shape):
         shown = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
@@ -94,7 +93,7 @@ def multistep(
         evaluate,
         z,
         key,
-        [*steps, end],
+        levels(p, times),
         first_sample=first_sample,
         start=start,
         constraint=constraint,
@@ -174,7 +173,7 @@ def ode(
     if churn is not None and key is None:
         raise ValueError("churn needs key, the NoiseKey of its noise, got None")
     steps = ode_steps(p, times, solver, churn)
-    start = levels(p, times)[0]
+    start = levels(p, times[:1])[0]
     evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
     if z.shape[0] == 0:
         return torch.empty_like(z)
@@ -211,11 +210,10 @@ def flow_map(
     p = as_parameterization(path)
     check_velocity(p)
     check_descending(p.path, times, fresh_noise=False)
-    *steps, end = levels(p, times)
     evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
     if z.shape[0] == 0:
         return torch.empty_like(z)
-    return loops.flow_map(evaluate, z, [*steps, end])
+    return loops.flow_map(evaluate, z, levels(p, times))
 
 
 def _evaluator(
