@@ -157,18 +157,12 @@ class _Rows:
         self.groups, self.a, self.b = count // b, a, b
 
     def split(self, *tensors: Tensor | None) -> tuple[list[Any], list[Any]]:
-        """Both kinds of rows of each tensor, copied.
-
-        Also where a group has one of a kind: compiled code cannot take the tangent of a strided
-        view through another view, such as ``t[:, None]`` (torch 2.11 to 2.13).
-        """
-        first: list[Any] = []
-        second: list[Any] = []
+        """Both kinds of rows of each tensor."""
+        first, second = [], []
         for x in tensors:
             groups = x if x is None else x.reshape(self.groups, self.b, *x.shape[1:])
-            for kind, part in ((first, slice(self.a)), (second, slice(self.a, None))):
-                rows = groups if groups is None else groups[:, part].flatten(0, 1).contiguous()
-                kind.append(rows)
+            first.append(groups if groups is None else groups[:, : self.a].flatten(0, 1))
+            second.append(groups if groups is None else groups[:, self.a :].flatten(0, 1))
         return first, second
 
     def join(self, first: Tensor | None, second: Tensor) -> Tensor:

@@ -34,10 +34,16 @@ def trainable(net: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def check_types(
-    net: nn.Module, objective: Objective, optimizer: object, lr_schedule: object
+def check_arguments(
+    net: nn.Module,
+    objective: Objective,
+    optimizer: object,
+    lr_schedule: object,
+    max_grad_norm: float | None,
 ) -> None:
     """Names and classes where objects are wanted; an optimizer of other parameters."""
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
     for name, example in (
         ("weight", "fastcm.losses.snr"),
         ("times", "fastcm.schedules.UniformTime()"),
@@ -73,11 +79,6 @@ def check_types(
             "requires_grad_(False) on them says that this is meant",
             stacklevel=3,
         )
-
-
-def check_clipping(max_grad_norm: float | None) -> None:
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
 
 
 def check_teacher(objective: Objective, net: nn.Module, device: torch.device) -> None:

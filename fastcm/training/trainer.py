@@ -21,12 +21,11 @@ from fastcm.precision import Precision
 from fastcm.rng import NoiseKey
 from fastcm.training.checkpoint import restore
 from fastcm.training.checks import (
+    check_arguments,
     check_classes,
-    check_clipping,
     check_network,
     check_parallel,
     check_teacher,
-    check_types,
     device_of,
     trainable,
 )
@@ -134,8 +133,7 @@ class Trainer:
             log_every=log_every,
         )
         device = device_of(net, device)
-        check_clipping(max_grad_norm)
-        check_types(net, objective, optimizer, lr_schedule)
+        check_arguments(net, objective, optimizer, lr_schedule, max_grad_norm)
         self.net, self.objective = net.to(device), objective
         check_teacher(objective, net, device)
         check_network(net, objective)
