@@ -7,8 +7,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
 
+# The same random inputs each time; SEED= draws fresh ones, as pytest alone does.
+SEED := 0
 test: .venv/test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --seed ,$(SEED))
 
 # From source, with the torch and triton that $(PYTHON) has. Each part takes at most eight minutes,
 # goes on where it was stopped, and none keeps the next from running. Results go to $$OUT if set,

@@ -50,6 +50,28 @@ def reference(
     return o, H @ v + P @ tv - H.sum(-1, keepdim=True) * o, S.logsumexp(-1)
 
 
+def sensitivity(
+    wide: list[Any], exact: tuple[Tensor, ...], eps: float, causal: bool, scale: float
+) -> list[Tensor]:
+    """How far the exact results move, as a maximum each, when q and its tangent move by eps.
+
+    Sums of products in float32 move the scores so. Where scores are large and two keys near a
+    tie, results move by far more than eps, and plain torch's error, one draw, does not bound it.
+    """
+    moves = [x.new_zeros(()) for x in exact]
+    for _ in range(8):
+        moved = list(wide)
+        for i in (0, 3):
+            if wide[i] is not None:
+                moved[i] = wide[i] * (1 + eps * torch.randn_like(wide[i]).sign())
+        there = reference(*moved, causal, scale)
+        moves = [
+            torch.maximum(m, (a - b).abs().amax())
+            for m, a, b in zip(moves, there, exact, strict=True)
+        ]
+    return moves
+
+
 def check(
     inputs: list[Any], causal: bool = False, config: AttentionConfig | None = SMALL, pad: int = 0
 ) -> None:
@@ -62,8 +84,9 @@ def check(
     wide = [None if x is None else x.double() for x in inputs]
     exact = reference(*wide, causal, scale)
     same = reference(*inputs, causal, scale)
-    for mine, want, theirs in zip((o, to, lse[..., :N]), exact, same, strict=True):
-        assert_close(mine, want, theirs.to(mine.dtype))
+    slack = sensitivity(wide, exact, 4 * torch.finfo(torch.float32).eps, causal, scale)
+    for mine, want, theirs, s in zip((o, to, lse[..., :N]), exact, same, slack, strict=True):
+        assert_close(mine, want, theirs.to(mine.dtype), s)
     assert (lse[..., N:] == torch.inf).all()
 
 
