@@ -6,6 +6,7 @@ and SHA-256; a checkpoint that does not agree with it counts as damaged. Nothing
 
     RUN/run.json                       the configuration
     RUN/checkpoints/step_000000250/    state.json, model.safetensors, optimizer.safetensors, ...
+                                       of a sharded run model.index.json and its files, see `shards`
     RUN/latest                         name of the newest checkpoint; moves last
     RUN/.lock                          held by the process that trains
 
@@ -18,7 +19,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcm.runs import shards
 from fastcm.runs.files import (
     WRITING,
     clear,
@@ -40,6 +43,8 @@ from fastcm.runs.files import CheckpointError as CheckpointError
 from fastcm.runs.files import replace_file as replace_file
 
 FORMAT = 2
+SHARDED = 3
+"""Of a checkpoint with groups that several processes wrote, which older versions cannot read."""
 RUN_STATE = (
     "config", "compiled", "optimizer", "num_averages",
     "network", "parameterization", "null_condition", "shape",
@@ -85,26 +90,30 @@ def save(
     Raises:
         OSError: the disk is full or not writable; the run's earlier checkpoints are untouched.
     """
+    with writing(run, step) as temporary:
+        files = {}
+        for name, tensors in groups.items():
+            files[f"{name}.safetensors"] = write_tensors(temporary / f"{name}.safetensors", tensors)
+        final = commit(run, step, temporary, files, state)
+    retire(run, step, keep, keep_every)
+    return final
+
+
+@contextmanager
+def writing(run: Path, step: int) -> Iterator[Path]:
+    """A directory to write a checkpoint's files to, until `commit`; gone if that fails.
+
+    Raises:
+        OSError: what was written inside, or this, failed; earlier checkpoints are untouched.
+    """
     parent = run / CHECKPOINTS
     final = parent / f"step_{step:09d}"
     temporary = parent / f"{WRITING}{final.name}-{os.getpid()}"
-    old = final.with_name(f"{final.name}.old")
     try:
         parent.mkdir(parents=True, exist_ok=True)
         clear(parent)
         temporary.mkdir()
-        files = {}
-        for name, tensors in groups.items():
-            files[f"{name}.safetensors"] = write_tensors(temporary / f"{name}.safetensors", tensors)
-        body = {"format": FORMAT, "step": step, "files": files, **state}
-        write(temporary / STATE, json.dumps(body, indent=1).encode())
-        sync_directory(temporary)
-        if final.exists() or final.is_symlink():  # aside, not gone: one is there at any instant
-            discard(old)
-            final.rename(old)
-        temporary.rename(final)
-        sync_directory(parent)
-        replace_file(run / LATEST, f"{final.name}\n".encode())
+        yield temporary
     except OSError as error:
         _withdraw(parent)
         kept = list_checkpoints(run)
@@ -116,7 +125,24 @@ def save(
     except BaseException:
         _withdraw(parent)
         raise
-    _retire(run, step, keep, keep_every)
+
+
+def commit(
+    run: Path, step: int, temporary: Path, files: Mapping[str, Any], state: Mapping[str, Any]
+) -> Path:
+    """Give the files in a directory of `writing` their state.json and their name."""
+    final = run / CHECKPOINTS / f"step_{step:09d}"
+    old = final.with_name(f"{final.name}.old")
+    sharded = any(name.endswith(shards.INDEX) for name in files)
+    body = {"format": SHARDED if sharded else FORMAT, "step": step, "files": files, **state}
+    write(temporary / STATE, json.dumps(body, indent=1).encode())
+    sync_directory(temporary)
+    if final.exists() or final.is_symlink():  # aside, not gone: one is there at any instant
+        discard(old)
+        final.rename(old)
+    temporary.rename(final)
+    sync_directory(final.parent)
+    replace_file(run / LATEST, f"{final.name}\n".encode())
     return final
 
 
@@ -127,7 +153,7 @@ def _withdraw(parent: Path) -> None:
         return
 
 
-def _retire(run: Path, step: int, keep: int, keep_every: int) -> None:
+def retire(run: Path, step: int, keep: int, keep_every: int) -> None:
     """Drop what is neither among the newest `keep` nor of a step to keep for ever."""
     for old in (run / CHECKPOINTS).glob("step_*.old"):
         if old.with_suffix("").exists():
@@ -169,13 +195,19 @@ def is_intact(path: Path) -> bool:
     return True
 
 
-def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ()) -> Checkpoint:
+def load(
+    path: Path,
+    only: set[str] | None = None,
+    requires: Sequence[str] = (),
+    select: shards.Select = shards.whole,
+) -> Checkpoint:
     """Read one checkpoint, or some of its groups, and verify what is read.
 
     Args:
         path: its directory.
         only: the groups to read; None reads all.
         requires: entries that its state must have.
+        select: the part of each tensor that is wanted; files with nothing of it are not read.
 
     Raises:
         CheckpointError: a file is missing, truncated, altered or not what it claims to be.
@@ -189,20 +221,26 @@ def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ())
         lacking = [name for name in ("step", *requires) if name not in state]
         if lacking:
             raise CheckpointError(f"{path / STATE} lacks {', '.join(lacking)}")
-        if state.get("format") != FORMAT:
+        if state.get("format") not in (FORMAT, SHARDED):
             raise CheckpointError(
-                f"{path} is of format {state.get('format')!r}, this version reads {FORMAT}"
+                f"{path} is of format {state.get('format')!r}, this version reads {FORMAT} and "
+                f"{SHARDED}"
             )
         step = state["step"]
         if type(step) is not int or not 0 <= step < _MAX_STEP:
             raise CheckpointError(f"{path / STATE} names step {step!r:.100}, which is none")
         groups = {}
         for name, entry in state["files"].items():
-            group = name.removesuffix(".safetensors")
+            group = name.removesuffix(shards.INDEX).removesuffix(".safetensors")
             if group == name or Path(name).name != name or "\\" in name:
                 raise CheckpointError(f"{path / STATE} names {name!r}, which is no file of its own")
-            if only is None or group in only:
-                groups[group] = read_tensors(path / name, entry)
+            if only is not None and group not in only:
+                continue
+            if name.endswith(shards.INDEX):
+                groups[group] = shards.read(path, group, entry, select)
+            else:
+                tensors = read_tensors(path / name, entry)
+                groups[group] = shards.taken(group, tensors, select)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
@@ -211,9 +249,19 @@ def load(path: Path, only: set[str] | None = None, requires: Sequence[str] = ())
 
 
 def load_newest(
-    run: Path, only: set[str] | None = None, requires: Sequence[str] = ()
+    run: Path,
+    only: set[str] | None = None,
+    requires: Sequence[str] = (),
+    select: shards.Select = shards.whole,
+    everywhere: Callable[[Any], list[Any]] = lambda mine: [mine],
 ) -> tuple[Checkpoint, list[CheckpointError]]:
     """The newest checkpoint of a run that is intact, and why newer ones were passed over.
+
+    Args:
+        run: its directory.
+        only, requires, select: see `load`.
+        everywhere: what all processes say that read at once: what one of them finds damaged, all
+            pass over.
 
     Raises:
         FileNotFoundError: the directory has no checkpoint.
@@ -224,10 +272,20 @@ def load_newest(
         raise FileNotFoundError(f"no checkpoint in {run}: is it the directory of a run?")
     errors: list[CheckpointError] = []
     for path in paths:
+        found: Checkpoint | CheckpointError
         try:
-            return load(path, only, requires), errors
+            found = load(path, only, requires, select)
         except CheckpointError as error:
-            errors.append(error)
+            found = error
+        damage = str(found) if isinstance(found, CheckpointError) else None
+        said = everywhere((path.name, damage))
+        if any(name != path.name for name, _ in said):
+            names = sorted({name for name, _ in said})
+            raise CheckpointError(f"the processes see different checkpoints of {run}: {names}")
+        elsewhere = [text for _, text in said if text is not None]
+        if isinstance(found, Checkpoint) and not elsewhere:
+            return found, errors
+        errors.append(CheckpointError(damage or elsewhere[0]))
     raise CheckpointError(
         f"every checkpoint of {run} is damaged: " + "; ".join(str(e) for e in errors)
     )

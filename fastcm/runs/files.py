@@ -69,12 +69,13 @@ def create_file(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
+def write(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a file and flush it to the disk; returns its size and SHA-256."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -126,9 +127,7 @@ def read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is anything else.
     """
-    data = _read(path, exactly=entry["bytes"])
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise CheckpointError(f"{path} was altered: its SHA-256 differs from the one recorded")
+    data = _recorded(path, entry)
     try:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -141,7 +140,27 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is too large, nested too deeply, or not one object.
     """
-    data = _read(path, at_most=_MAX_STATE_BYTES)
+    return _parsed(path, _read(path, at_most=_MAX_STATE_BYTES))
+
+
+def read_recorded(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object in a file of the given size and SHA-256.
+
+    Raises:
+        CheckpointError: it is anything else.
+    """
+    return _parsed(path, _recorded(path, entry))
+
+
+def _recorded(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """The bytes of a file, if they are those that were recorded."""
+    data = _read(path, exactly=entry["bytes"])
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path} was altered: its SHA-256 differs from the one recorded")
+    return data
+
+
+def _parsed(path: Path, data: bytes) -> dict[str, Any]:
     depth = 0  # counted before parsing: the parser recurses
     for match in _STRING_OR_BRACKET.finditer(data):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
