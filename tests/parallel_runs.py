@@ -266,6 +266,15 @@ def work(rank: int, world: int, port: int, folder: str, cases: bool) -> None:
     dist.destroy_process_group()
 
 
+def worker(launcher: int, rank: int) -> int:
+    """The process of a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"no process {rank} among {children}")
+
+
 def resumed(run: Path, **options: Any) -> dict[str, Tensor]:
     """A few steps more of a run that others began."""
     result = trainer(directory=run, averages=(fastcm.EMA(0.9),), **options)

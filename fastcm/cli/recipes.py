@@ -296,6 +296,8 @@ class Recipe:
                 warmup_cosine(min(self.warmup, every // 4), every, self.lr_floor), every
             )
             options["keep_every"] = options.get("keep_every") or every
+        # shards are gathered between the blocks of a network, which are compiled alone
+        on = "regional" if options.get("parallel") == "fsdp" else True
         # iCT and ECT are defined with RAdam
         optimizer: Optimizer = (RAdam if self.method in ("ict", "ect") else AdamW)(
             net.parameters(), self.lr_rate, weight_decay=0.0
@@ -311,7 +313,7 @@ class Recipe:
             lr_schedule=schedule,
             max_grad_norm=self.clip or None,
             precision=cast(Any, self.precision),
-            compile=cast(Any, {"auto": "auto", "on": True, "off": False}[self.compile]),
+            compile=cast(Any, {"auto": "auto", "on": on, "off": False}[self.compile]),
             directory=directory,
             **options,
         )

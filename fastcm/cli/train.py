@@ -114,7 +114,14 @@ def train(
     compile: Annotated[str, typer.Option(help="auto (the faster), on or off")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one")] = None,
     parallel: Annotated[
-        str | None, typer.Option(help="ddp: the processes of torchrun share every batch")
+        str | None,
+        typer.Option(
+            help="ddp: the processes of torchrun share every batch; fsdp: and the weights, too"
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="blocks: compute those of the network again in backward, to save memory"),
     ] = None,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: at the end")] = 500,
     keep: Annotated[int, typer.Option(help="checkpoints to keep")] = 3,
@@ -139,7 +146,7 @@ def train(
     """Train a network; the run can be interrupted at any time and continued with --resume."""
     given: dict[str, Any] = dict(locals())
     if parallel is None and launched()[1] > 1:
-        raise ValueError(f"{launched()[1]} processes of torchrun need --parallel ddp")
+        raise ValueError(f"{launched()[1]} processes of torchrun need --parallel ddp or fsdp")
     with joined(cast(Any, parallel)) as processes:
         _train(given, processes)
 
@@ -152,8 +159,10 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         options: dict[str, Any] = {k: v for k, v in given.items() if k in fields}
         recipe = Recipe(**{**options, "ema": tuple(given["ema"])})
         settings = dataclasses.asdict(recipe)
-        every = given["sample_every"] if processes.first else 0
-        passed = ("save_every", "keep", "keep_every", "tensorboard", "log_every", "parallel")
+        # a network that all hold together, all draw from
+        every = given["sample_every"] if processes.first or given["parallel"] == "fsdp" else 0
+        saved = ("save_every", "keep", "keep_every", "tensorboard", "log_every")
+        passed = (*saved, "parallel", "checkpoint")
         trainer = recipe.trainer(
             out,
             device=given["device"] or local_device(),
@@ -214,9 +223,13 @@ def sample_pictures(directory: Path, every: int, *, seed: int = 0) -> Callback:
             steps=32 if method == "ode" else 1,
             method=method,
             shape=trainer.metadata["shape"],
+            graph="off" if trainer.state.gradients.spread else "auto",
         )
+        pictures = sampler(64, seed=seed, cond=labels)
+        if not trainer.processes.first:
+            return
         folder = directory / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        save_grid(sampler(64, seed=seed, cond=labels), folder / f"step_{trainer.step:09d}.png")
+        save_grid(pictures, folder / f"step_{trainer.step:09d}.png")
 
     return callback

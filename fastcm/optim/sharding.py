@@ -49,6 +49,36 @@ def reshard(module: nn.Module) -> None:
                 part.reshard()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of a DTensor, for which every process has to ask."""
+    if is_dtensor(tensor):
+        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        return full
+    return tensor
+
+
+def first_element(tensor: Tensor) -> int:
+    """Where the local shard begins in the flattened DTensor, one that is sharded by rows."""
+    sharded: Any = tensor
+    coordinate = sharded.device_mesh.get_coordinate()
+    start, rows = 0, sharded.shape[0]
+    for i, placement in enumerate(sharded.placements):
+        if placement.is_replicate():
+            continue
+        assert placement.is_shard(0), f"{placement} is not by rows"
+        each = -(-rows // sharded.device_mesh.size(i))
+        skipped = min(each * coordinate[i], rows)
+        start, rows = start + skipped, min(each, rows - skipped)
+    return int(start) * tensor.shape[1:].numel()
+
+
+def is_first_replica(tensor: Tensor) -> bool:
+    """Whether the local shard is the one that counts where several processes hold it."""
+    sharded: Any = tensor
+    coordinate = sharded.device_mesh.get_coordinate()
+    return not any(c for c, p in zip(coordinate, sharded.placements) if p.is_replicate())
+
+
 def like(parameter: Tensor, value: Tensor) -> Tensor:
     """State of a shard as a DTensor, as distributed checkpoints want it."""
     if not is_dtensor(parameter):

@@ -5,8 +5,9 @@ the result, and all of it may be one CUDA graph. `settings` is what a run was as
 what changes from step to step, and these two are all that the rest knows: `checkpoint` and
 `configuration` turn them into what is saved, `saving` and `writer` save beside the training,
 `logging` and `finite` read numbers late, `reports` tells them, `interrupt` turns a signal into an
-orderly end, and `parallel` makes several processes one. Imports everything below, but neither
-sampling nor evaluation.
+orderly end, and `parallel` makes several processes one: with `mean_gradients`, or with `sharded`,
+`sharded_update` and `sharded_state` where each holds a part of the weights. `blocks` are what a
+network repeats. Imports everything below, but neither sampling nor evaluation.
 """
 
 from fastcm.training.finite import NonFiniteError as NonFiniteError

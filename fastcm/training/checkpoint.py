@@ -15,6 +15,8 @@ from fastcm.runs import checkpoint
 from fastcm.runs.checkpoint import CheckpointError
 from fastcm.runs.description import differences
 from fastcm.training.optimizer_state import check_optimizer
+from fastcm.training.parallel import Processes
+from fastcm.training.sharded_state import wanted
 from fastcm.training.state import State
 
 
@@ -35,7 +37,7 @@ def contents(
         {**group, "lr": lr} for group, lr in zip(rest["param_groups"], state.base_lr)
     ]
     groups = {
-        **{name: network.state_dict() for name, network in state.networks.items()},
+        **state.weights(),
         "optimizer": optimizer,
         "random": _random(state.device),
         "counters": {"counts": state.update.counts},
@@ -44,7 +46,7 @@ def contents(
         "config": config,
         "compiled": state.gradients.compiled,
         "optimizer": rest,
-        "num_averages": len(state.update.networks),
+        "num_averages": len(state.update.averages),
         **metadata,
     }
     return groups, described
@@ -57,9 +59,16 @@ def _random(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
+def restore(state: State, run: Path, config: Mapping[str, Any], processes: Processes) -> None:
     """Put a training where the run's newest intact checkpoint is; see `Trainer.load`."""
-    found, damaged = checkpoint.load_newest(run, requires=checkpoint.RUN_STATE)
+    weights = state.weights()
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    found, damaged = checkpoint.load_newest(
+        run,
+        requires=checkpoint.RUN_STATE,
+        select=wanted(weights, parameters),
+        everywhere=processes.exchange,
+    )
     for error in damaged:
         warnings.warn(f"{error}; falling back to {found.path}", stacklevel=3)
     changed = differences(found.state.get("config"), json.loads(json.dumps(config)))
@@ -67,12 +76,12 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{run} was trained under another configuration: " + "; ".join(changed))
     groups, name = found.groups, found.path.name
     fixed = {
-        **{group: network.state_dict() for group, network in state.networks.items()},
+        **weights,
         "counters": {"counts": state.update.counts},
     }
     _check_names(name, groups, {*fixed, "optimizer", "random"})
-    for group, wanted in fixed.items():
-        checkpoint.check_tensors(f"{name}/{group}", groups[group], wanted)
+    for group, tensors in fixed.items():
+        checkpoint.check_tensors(f"{name}/{group}", groups[group], tensors)
     if not isinstance(found.state["compiled"], bool | None):
         raise CheckpointError(f"{name}: compiled is {found.state['compiled']!r:.100}")
     random = _random(state.device)
@@ -87,8 +96,9 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
         state.optimizer.load_state_dict(saved)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{found.path}: optimizer state does not fit: {error}") from error
-    for group, network in state.networks.items():
-        network.load_state_dict(groups[group])
+    state.net.load_state_dict(groups["model"])
+    for i in range(len(state.update.averages)):
+        state.update.load_weights(i, groups[f"average_{i}"])
     state.update.counts.copy_(groups["counters"]["counts"])
     torch.set_rng_state(groups["random"]["cpu"])
     if state.device.type == "cuda" and "cuda" in groups["random"]:

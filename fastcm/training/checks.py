@@ -20,6 +20,12 @@ def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device
     parameter = next(net.parameters(), None)
     if parameter is None:
         raise ValueError("net has no parameters to train")
+    for name, p in net.named_parameters():
+        if p.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no value: build the network on a CPU or a "
+                "GPU; every process does, also where it keeps only a part"
+            )
     return parameter.device if device is None else torch.device(device)
 
 

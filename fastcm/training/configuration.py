@@ -12,17 +12,21 @@ from fastcm.objectives.base import Objective
 from fastcm.runs.description import describe
 from fastcm.training.lr import Schedule
 from fastcm.training.settings import Settings
+from fastcm.training.sharded import type_of
 from fastcm.training.state import State
 
 
 def configuration(
     settings: Settings, state: State, source: Source, lr_schedule: Schedule
 ) -> dict[str, Any]:
-    """A JSON-able description of everything that the numbers of a run depend on."""
-    net, gradients = state.net, state.gradients
+    """A JSON-able description of everything that the numbers of a run depend on.
+
+    Not of how many processes share it, and whether each holds the whole.
+    """
+    net, gradients, spread = state.net, state.gradients, state.gradients.spread
     return {
-        "objective": describe(gradients.objective),
-        "network": getattr(net, "description", None) or type(net).__name__,
+        "objective": describe(gradients.objective) if spread is None else spread.objective,
+        "network": getattr(net, "description", None) or type_of(net),
         "averages": describe(state.update.averages),
         "optimizer": type(state.optimizer).__name__,
         "param_groups": [

@@ -16,7 +16,10 @@ from fastcm.objectives.base import Batch, Loss, Objective
 from fastcm.ops.dispatch import Door, door
 from fastcm.precision import Autocast, Precision, check_precision
 from fastcm.rng import NoiseKey
-from fastcm.training.parallel import MeanGradients, Processes, lost_peers
+from fastcm.training.blocks import compile_blocks
+from fastcm.training.mean_gradients import MeanGradients
+from fastcm.training.parallel import Processes, lost_peers
+from fastcm.training.sharded import Sharding
 
 Compile = Literal["auto", "regional"] | bool
 
@@ -46,6 +49,8 @@ class Gradients:
         accumulate: micro-batches that a batch is cut into. Noise and times are those of the
             whole batch, gradients too, to rounding.
         processes: that compute gradients of their rows each; their mean is what is left.
+        spread: what made shards of the networks, which then average gradients themselves: those of
+            each micro-batch at once, so that its shard is all that a process keeps of them.
         log: receives one line about the choice that "auto" made.
     """
 
@@ -60,6 +65,7 @@ class Gradients:
         accumulate: int = 1,
         paired: bool = False,
         processes: Processes | None = None,
+        spread: Sharding | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_precision(precision)
@@ -67,6 +73,13 @@ class Gradients:
             raise ValueError(f"compile must be 'auto', 'regional', True or False, got {compile!r}")
         if accumulate < 1:
             raise ValueError(f"accumulate must be >= 1, got {accumulate}")
+        if spread is not None and compile is True:
+            raise ValueError(
+                "compile=True is not possible with shards, which are gathered between the blocks "
+                "of a network: give 'regional', which compiles these, or False"
+            )
+        if spread is not None and compile == "auto":
+            compile = False
         self.net = net
         self.objective = objective
         self.target_net = target_net
@@ -74,6 +87,7 @@ class Gradients:
         self.accumulate = accumulate
         self.paired = paired
         self.processes = processes or Processes()
+        self.spread = spread
         self._mean: MeanGradients | None = None
         self._log = log
         if compile == "regional":
@@ -118,14 +132,17 @@ class Gradients:
         if self._fuse is None:
             long = remaining >= _WORTH_FUSING_STEPS
             self._fuse = self._may_fuse and long and door(x0, noisy=True) is Door.KERNEL
-        if self.processes.joined and self._mean is None:
+        if self.processes.joined and self._mean is None and self.spread is None:
             self._mean = self._prepared(x0, cond, key)
         if self.compiled is None:
             self.compiled = self.processes.from_first(
                 lambda: self._choose(x0, cond, key, remaining)
             )
         with lost_peers():
-            return self._run(self.compiled, x0, cond, key, self._mean)
+            loss = self._run(self.compiled, x0, cond, key, self._mean)
+        if self.spread is not None:
+            self.spread.forget()
+        return loss
 
     def _prepared(self, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> MeanGradients:
         """Averages gradients from the first step as from any later one.
@@ -245,16 +262,6 @@ class Gradients:
             for parameter in self._parameters:
                 parameter.grad = None
         return sorted(seconds[1:])[_TIMED_STEPS // 2]
-
-
-def compile_blocks(net: nn.Module) -> None:
-    """Compile the blocks that a network repeats: one compilation serves all of a kind."""
-    for module in net.modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            kinds = [type(child) for child in module]
-            for child in module:
-                if kinds.count(type(child)) > 1 and any(True for _ in child.children()):
-                    child.compile()
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def _wanted(optimizer: Optimizer, live: Mapping[str, Any]) -> dict[str, Tensor] 
     """Meta tensors like those of the state; None if nobody knows."""
     if live["state"]:
         entries, _ = checkpoint.flatten_optimizer(live)
-        return {name: tensor.to("meta") for name, tensor in entries.items() if ".ema_" not in name}
+        return {name: _meta(tensor) for name, tensor in entries.items() if ".ema_" not in name}
     if not type(optimizer).__module__.startswith("torch.optim."):
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -77,6 +77,10 @@ def _wanted(optimizer: Optimizer, live: Mapping[str, Any]) -> dict[str, Tensor] 
                 shape = _grown(value.shape, small.shape, parameter.shape)
                 found[f"{number}.{name}"] = torch.empty(shape, dtype=value.dtype, device="meta")
     return found
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _tiny(parameter: Tensor) -> torch.nn.Parameter:

@@ -1,7 +1,8 @@
-"""Several processes that train as one: their rows, what they agree on, the mean of gradients.
+"""Several processes that train as one: their rows, and what they agree on.
 
-All of it is torch's: torchrun starts the processes, gloo carries what the hosts tell each other,
-DistributedDataParallel averages gradients. One process alone does nothing of it.
+torchrun starts the processes, gloo carries what the hosts tell each other. Their gradients are
+averaged by `mean_gradients`, or by what `sharded` makes of the networks. One process alone does
+nothing of it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcm.runs.description import differences
 from fastcm.training.interrupt import StopSignals
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
-Parallel = Literal["ddp"]
+Parallel: TypeAlias = "Literal['ddp', 'fsdp'] | DeviceMesh"
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _COMMAND = "torchrun --standalone --nproc-per-node 2 ..."
 
@@ -66,8 +71,11 @@ def local_device() -> str:
     return f"cuda:{index}"
 
 
-def join() -> bool:
+def join(parallel: str) -> bool:
     """Make the process group that torchrun's variables describe, unless there is one.
+
+    Args:
+        parallel: what needs it, for messages.
 
     Returns:
         Whether it was made here.
@@ -77,13 +85,13 @@ def join() -> bool:
         ConnectionError: the processes do not reach each other, or the port is in use.
     """
     if not dist.is_available():
-        raise ValueError('parallel="ddp" needs torch.distributed, which this torch lacks')
+        raise ValueError(f'parallel="{parallel}" needs torch.distributed, which this torch lacks')
     if dist.is_initialized():
         return False
     missing = [name for name in _TORCHRUN if name not in os.environ]
     if missing:
         raise ValueError(
-            f'parallel="ddp" needs processes that know each other, by {", ".join(missing)}: '
+            f'parallel="{parallel}" needs processes that know each other, by {", ".join(missing)}: '
             f"start them with {_COMMAND}"
         )
     rank, count = launched()
@@ -120,14 +128,14 @@ def _store() -> Any:
 def joined(parallel: Parallel | None) -> Iterator[Processes]:
     """The processes of a command; a group that is made here is destroyed at the end."""
     _check(parallel)
-    made = parallel is not None and join()
+    made = parallel is not None and join(str(parallel))
     yield processes(parallel)
     if made:  # not after an error: the others may never come
         dist.destroy_process_group()
 
 
 def processes(parallel: Parallel | None) -> Processes:
-    """Those that train together: of the process group under "ddp", this one alone under None.
+    """Those that train together: of the process group, or this one alone under None.
 
     A group that is made here lasts as long as the process.
 
@@ -137,14 +145,27 @@ def processes(parallel: Parallel | None) -> Processes:
     _check(parallel)
     if parallel is None:
         return Processes()
-    if join():
+    if join(str(parallel)):
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
+def is_mesh(parallel: object) -> bool:
+    """Whether it is a DeviceMesh; whoever has one has imported the module."""
+    module = sys.modules.get("torch.distributed.device_mesh")
+    return isinstance(parallel, getattr(module, "DeviceMesh", ()))
+
+
+def shards(parallel: Parallel | None) -> bool:
+    """Whether each process is to hold a part of the networks only."""
+    return is_mesh(parallel) or parallel == "fsdp"
+
+
 def _check(parallel: Parallel | None) -> None:
-    if parallel not in (None, "ddp"):
-        raise ValueError(f'parallel must be None or "ddp", got {parallel!r}')
+    if not is_mesh(parallel) and parallel not in (None, "ddp", "fsdp"):
+        raise ValueError(
+            f'parallel must be None, "ddp", "fsdp" or a DeviceMesh, got {parallel!r:.80}'
+        )
 
 
 class Processes:
@@ -170,6 +191,10 @@ class Processes:
     def joined(self) -> bool:
         """Whether there is a process group, perhaps of one."""
         return self._host is not None
+
+    def apart(self) -> Processes:
+        """The same, for talk of another thread; all of them make it at once."""
+        return Processes(self.rank, self.count, dist.new_group(backend="gloo"))
 
     def rows(self, batch_size: int, accumulate: int = 1, period: int = 1) -> range:
         """This process's rows of a batch.
@@ -209,7 +234,7 @@ class Processes:
         """
         if not self.joined:
             return
-        given = self._exchange(make())
+        given = self.exchange(make())
         for rank, theirs in enumerate(given):
             changed = differences(given[0], theirs)
             if changed:
@@ -221,7 +246,7 @@ class Processes:
     def together(self) -> Iterator[None]:
         """If one fails inside, all do: that one by its error, the others by a PeerError.
 
-        Not to be nested, and no collective but `agree` inside.
+        Not to be nested, and no collective but `agree` and `exchange` inside.
 
         Raises:
             PeerError: another process failed.
@@ -231,9 +256,9 @@ class Processes:
         except (PeerError, Disagreement):
             raise
         except Exception as error:
-            self._exchange(error=error)
+            self.exchange(error=error)
             raise
-        self._exchange()
+        self.exchange()
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; it is called there alone."""
@@ -241,11 +266,16 @@ class Processes:
         with self.together():
             if self.first:
                 made = make()
-        value: T = self._exchange(made)[0]
+        value: T = self.exchange(made)[0]
         return value
 
-    def _exchange(self, mine: Any = None, error: Exception | None = None) -> list[Any]:
-        """What every process says; in the first that has an error that is raised."""
+    def exchange(self, mine: Any = None, error: Exception | None = None) -> list[Any]:
+        """What every process says, in all of them.
+
+        Args:
+            mine: of this one.
+            error: it has nothing else to say: it is raised here, and a PeerError elsewhere.
+        """
         if not self.joined:
             if error is not None:
                 raise error
@@ -299,44 +329,6 @@ def lost_peers() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise PeerError(f"another process of the training is gone: {error!s:.200}") from error
         raise
-
-
-class _Calls(nn.Module):
-    """Calls a function that computes with these parameters."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__()
-        self.held = nn.ParameterList(parameters)
-
-    def forward(self, function: Callable[..., T], *arguments: Any) -> T:
-        return function(*arguments)
-
-
-class MeanGradients:
-    """Calls of a loss whose backward leaves the mean of all processes' gradients.
-
-    The whole loss is one call of DistributedDataParallel, however often the objective calls its
-    networks, and the gradients travel while backward still computes earlier ones.
-
-    Args:
-        parameters: that are trained.
-        idle: whether some of them receive no gradient, which has to be looked for in every step.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], *, idle: bool) -> None:
-        self._ddp = nn.parallel.DistributedDataParallel(
-            _Calls(parameters), find_unused_parameters=idle, gradient_as_bucket_view=True
-        )
-
-    def __call__(self, loss: Callable[..., T], *arguments: Any, last: bool = True) -> T:
-        """loss(*arguments).
-
-        Args:
-            last: whether this is the last backward of the step, after which gradients are averaged.
-        """
-        with nullcontext() if last else self._ddp.no_sync():
-            value: T = self._ddp(loss, *arguments)
-        return value
 
 
 def shown_elsewhere(error: BaseException, same: tuple[type[BaseException], ...]) -> bool:

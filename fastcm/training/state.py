@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastcm.optim import sharding
 from fastcm.rng import NoiseKey
 from fastcm.runs.checkpoint import digest
 from fastcm.training.gradients import Gradients
@@ -52,9 +53,18 @@ class State:
         averages = {f"average_{i}": net for i, net in enumerate(self.update.networks)}
         return {"model": self.net, **averages}
 
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The live tensors of the same networks, by group and name in a checkpoint."""
+        count = len(self.update.averages)
+        averages = {f"average_{i}": self.update.weights(i) for i in range(count)}
+        return {"model": self.net.state_dict(), **averages}
+
     def summary(self) -> dict[str, Any]:
-        """The step, and a fingerprint of the student's weights."""
-        return {"step": self.step, "weights": digest(self.net.state_dict())}
+        """The step, and a fingerprint of the student's weights if this process has them all."""
+        weights = self.net.state_dict()
+        if any(map(sharding.is_dtensor, weights.values())):
+            return {"step": self.step}
+        return {"step": self.step, "weights": digest(weights)}
 
     def scale_lr(self, factor: float) -> None:
         """Set the learning rates to `factor` times their base."""

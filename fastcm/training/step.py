@@ -20,6 +20,7 @@ from fastcm.graphs import Graphed, Side
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
 from fastcm.training.gradients import Gradients
+from fastcm.training.parallel import lost_peers
 from fastcm.training.update import Update
 
 Graph = Literal["auto", "step", "off"]
@@ -160,6 +161,7 @@ class Step:
         self.shape = x0.shape[2 if self.gradients.paired else 1 :]
         self._optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(x0, cond, self.key, remaining=self._remaining)
-        self.update.step()
+        with lost_peers():
+            self.update.step()
         self.key.advance_()
         return loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,8 @@ from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.precision import Precision
 from fastcm.rng import NoiseKey
+from fastcm.training import blocks, checks
 from fastcm.training.checkpoint import restore
-from fastcm.training.checks import (
-    check_arguments,
-    check_classes,
-    check_network,
-    check_parallel,
-    check_teacher,
-    device_of,
-    trainable,
-)
 from fastcm.training.configuration import configuration, metadata_of
 from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
@@ -39,9 +30,11 @@ from fastcm.training.parallel import Parallel, processes
 from fastcm.training.reports import Reports
 from fastcm.training.saving import Saving
 from fastcm.training.settings import Settings
+from fastcm.training.sharded import sharding
+from fastcm.training.sharded_update import update
 from fastcm.training.state import State
 from fastcm.training.step import Graph, Step
-from fastcm.training.update import update, with_target
+from fastcm.training.update import with_target
 
 Callback = Callable[["Trainer", str], None]
 
@@ -68,9 +61,14 @@ class Trainer:
         compile: "auto", "regional", True or False, see `Gradients`.
         graph: "auto", "step" or "off", see `Step`.
         accumulate: micro-batches that each batch is cut into, to save memory.
+        checkpoint: "blocks": keep the inputs of repeated blocks for the backward pass, and compute
+            the rest of them again there: less memory, more time, the same gradients.
         parallel: "ddp": the processes of torchrun, or of a process group that there is, train as
             one: each takes its rows of every batch, and the first alone prints and writes. All end
             with the same weights, which do not depend on how many they are, but for rounding.
+            "fsdp", or a mesh of one dimension: each holds but a part of weights, averages and
+            optimizer, see `Sharding`; a mesh of two: of replicas of that. `net` and a teacher
+            are sharded in place, and called by all processes together.
         device: default that of the network.
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
@@ -111,6 +109,7 @@ class Trainer:
         compile: Compile = "auto",
         graph: Graph = "auto",
         accumulate: int = 1,
+        checkpoint: blocks.Checkpoint | None = None,
         parallel: Parallel | None = None,
         device: torch.device | str | None = None,
         directory: str | Path | None = None,
@@ -132,30 +131,31 @@ class Trainer:
             keep_every=keep_every,
             log_every=log_every,
         )
-        device = device_of(net, device)
-        check_arguments(net, objective, optimizer, lr_schedule, max_grad_norm)
+        device = checks.device_of(net, device)
+        checks.check_arguments(net, objective, optimizer, lr_schedule, max_grad_norm)
         self.net, self.objective = net.to(device), objective
-        check_teacher(objective, net, device)
-        check_network(net, objective)
+        checks.check_teacher(objective, net, device)
+        checks.check_network(net, objective)
         self.source = as_source(data, seed=seed, device=device)
-        check_classes(net, self.source, objective)
+        checks.check_classes(net, self.source, objective)
         self.processes = processes(parallel)
-        first = self.processes.first
         if self.processes.joined:
-            check_parallel(net, self.source)
-        trained = trainable(net)
-        optimizer = optimizer or AdamW(trained, lr=1e-3, weight_decay=0.0)
+            checks.check_parallel(net, self.source)
+        optimizer = optimizer or AdamW(checks.trainable(net), lr=1e-3, weight_decay=0.0)
+        blocks.apply_checkpoint(checkpoint, net, objective)
+        spread = sharding(net, objective, optimizer, parallel, self.processes)
         self.lr_schedule = lr_schedule
         self.callbacks = tuple(callbacks)
         self.interrupted: signal.Signals | None = None
         self.saved: Path | None = None
         self.metrics: dict[str, Any] = {}
+        silent = not self.processes.first
         self._reports = Reports(
-            self.directory, tensorboard=tensorboard, bar=progress, log=log, silent=not first
+            self.directory, tensorboard=tensorboard, bar=progress, log=log, silent=silent
         )
         self.log = self._reports.log
         self.update = update(
-            net, optimizer, with_target(averages, optimizer, objective), max_grad_norm
+            net, optimizer, with_target(averages, optimizer, objective), max_grad_norm, spread
         )
         gradients = Gradients(
             net,
@@ -166,6 +166,7 @@ class Trainer:
             accumulate=accumulate,
             paired=isinstance(self.source, DeviceData) and self.source.dataset.paired,
             processes=self.processes,
+            spread=spread,
             log=self.log,
         )
         gradients.check_batch(batch_size)
@@ -186,8 +187,10 @@ class Trainer:
         self.metadata = metadata_of(net, objective)
         self._config: dict[str, Any] | None = None
         self._saving = Saving(
-            self.settings if first else replace(self.settings, directory=None),
+            self.settings,
             self.state,
+            self.processes,
+            sharded=spread is not None,
             config=self.config,
             metadata=self.metadata,
             saved=self._tell_saved,
@@ -270,11 +273,10 @@ class Trainer:
                     save = watch.now() and save
                 else:
                     watch.in_passing()
-                if save and self.processes.first:
+                if save:
                     self._saving.begin()
                 self._saving.tell()
-            with self.processes.together():
-                self._saving.settle()
+            self._saving.finish()
         self.interrupted = self.processes.ask_to_stop(signals)()  # perhaps during the last write
         return self
 
@@ -327,8 +329,7 @@ class Trainer:
             BlockingIOError: another process trains in it.
             OSError: it could not be written; earlier checkpoints are untouched.
         """
-        run = self.settings.run("save", directory)
-        return self.processes.from_first(lambda: self._saving.now(run))
+        return self._saving.now(self.settings.run("save", directory))
 
     def load(self, directory: str | Path | None = None) -> Trainer:
         """Continue from the newest intact checkpoint of a run; a damaged one is passed over.
@@ -341,9 +342,9 @@ class Trainer:
             ValueError: the run had another configuration; the message lists the differences.
         """
         run = self.settings.run("load", directory)
+        self._saving.finish()
         with self.processes.together():
-            self._saving.settle()
-            restore(self.state, run, self.config())
+            restore(self.state, run, self.config(), self.processes)
             self.processes.agree(self.state.summary)
         self._saving.resumed = True
         return self

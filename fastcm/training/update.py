@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fastcm import ema
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
+from fastcm.optim import sharding
 from fastcm.optim.one_sweep import OneSweep
 
 
@@ -22,12 +23,12 @@ class Update(ABC):
 
     Attributes:
         averages: of the weights.
-        networks: one for each average, live.
+        networks: one for each average, live; made when asked for where they are sharded.
         max_grad_norm: of the clipping; None for none.
     """
 
     averages: tuple[Average, ...]
-    networks: list[nn.Module]
+    networks: Sequence[nn.Module]
     max_grad_norm: float | None
 
     @property
@@ -44,6 +45,14 @@ class Update(ABC):
     def step(self) -> None:
         """One update of parameters and averages."""
 
+    def weights(self, i: int) -> dict[str, Tensor]:
+        """The i-th average by the names of the network: live tensors, to be saved."""
+        return self.networks[i].state_dict()
+
+    def load_weights(self, i: int, weights: Mapping[str, Tensor]) -> None:
+        """Set the i-th average, in place."""
+        self.networks[i].load_state_dict(weights)
+
     def network_of(self, average: Average | None) -> nn.Module | None:
         """The network with this average of the weights; None for none."""
         return None if average is None else self.networks[self.averages.index(average)]
@@ -59,11 +68,7 @@ class Sweep(Update):
         averages: Sequence[Average],
         max_grad_norm: float | None,
     ) -> None:
-        for average in averages:
-            if average not in optimizer.averages:
-                optimizer.add_ema(average)
-        if optimizer.max_grad_norm is None:
-            optimizer.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        configure(optimizer, averages, max_grad_norm)
         self.max_grad_norm = optimizer.max_grad_norm
         self.averages = optimizer.averages
         self.networks = [optimizer.ema_module(i, net) for i in range(len(self.averages))]
@@ -81,8 +86,26 @@ class Sweep(Update):
         self._optimizer.step()
 
 
+def configure(
+    optimizer: OneSweep, averages: Sequence[Average], max_grad_norm: float | None
+) -> None:
+    """Give an optimizer the averages that it lacks, and a largest norm if it has none."""
+    for average in averages:
+        if average not in optimizer.averages:
+            optimizer.add_ema(average)
+    if optimizer.max_grad_norm is None:
+        optimizer.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+
+
 class Stock(Update):
-    """By any other optimizer: clipping and averages around its step."""
+    """By any other optimizer: clipping and averages around its step.
+
+    Args:
+        net: the student, perhaps sharded.
+        optimizer: of its parameters.
+        averages, max_grad_norm: see `Trainer`.
+        copied: makes the network of an average, which holds the weights of `net`.
+    """
 
     def __init__(
         self,
@@ -90,13 +113,15 @@ class Stock(Update):
         optimizer: Optimizer,
         averages: Sequence[Average],
         max_grad_norm: float | None,
+        copied: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.averages = tuple(averages)
-        self.networks = [_average_of(net) for _ in self.averages]
+        self.networks = [(copied or _average_of)(net) for _ in self.averages]
         self.max_grad_norm = max_grad_norm
         self._net = net
+        self._parameters = list(net.parameters())
         self._optimizer = optimizer
-        device = next(net.parameters()).device
+        device = self._parameters[0].device
         self._norm = torch.full((), math.nan, dtype=torch.float32, device=device)
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -111,14 +136,15 @@ class Stock(Update):
     @torch.no_grad()
     def step(self) -> None:
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        parameters = [p for p in self._net.parameters() if p.requires_grad]
-        self._norm = nn.utils.clip_grad_norm_(parameters, limit)
+        parameters = [p for p in self._parameters if p.requires_grad]
+        self._norm = sharding.whole(nn.utils.clip_grad_norm_(parameters, limit))
         finite = torch.isfinite(self._norm)
         self._apply(finite)
         for average, network in zip(self.averages, self.networks):
             decay = average.decay(self._counts[0])
             keep = torch.where(finite, decay, torch.ones_like(decay))
-            ema.update_(list(network.parameters()), list(self._net.parameters()), keep)
+            mine = [sharding.local(p) for p in self._parameters]
+            ema.update_([sharding.local(p) for p in network.parameters()], mine, keep)
             for theirs, ours in zip(network.buffers(), self._net.buffers()):
                 theirs.copy_(ours)
         self._counts[0] += 1
@@ -126,7 +152,8 @@ class Stock(Update):
         self._counts[2] *= ~finite
 
     def _apply(self, finite: Tensor) -> None:
-        if getattr(self._optimizer, "_step_supports_amp_scaling", False):
+        sharded = any(map(sharding.is_dtensor, self._parameters))
+        if getattr(self._optimizer, "_step_supports_amp_scaling", False) and not sharded:
             # fused optimizers take the flag on the device
             self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -143,18 +170,6 @@ def with_target(
         averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
     target = objective.target_average
     return tuple(averages) if target is None or target in averages else (*averages, target)
-
-
-def update(
-    net: nn.Module,
-    optimizer: Optimizer,
-    averages: Sequence[Average],
-    max_grad_norm: float | None,
-) -> Update:
-    """The update that suits an optimizer."""
-    if isinstance(optimizer, OneSweep):
-        return Sweep(net, optimizer, averages, max_grad_norm)
-    return Stock(net, optimizer, averages, max_grad_norm)
 
 
 def _average_of(net: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Writer:
         """Wait for the write that was started, if any.
 
         Returns:
-            Its checkpoint, the first time.
+            Its checkpoint, the first time; None where another process made it complete.
 
         Raises:
             OSError: it could not be written.
@@ -93,32 +94,46 @@ class Writer:
 
     def start(
         self,
-        lock: RunLock,
+        run: Path,
+        lock: RunLock | nullcontext[None],
         step: int,
         groups: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
+        save: Callable[..., Path | None] | None = None,
+        ready: AbstractContextManager[None] | None = None,
         **keep: int,
     ) -> None:
         """Begin to save what the tensors and the state hold now; see `checkpoint.save`.
 
         Args:
-            lock: of the run; held until the write is done.
+            run: its directory.
+            lock: of the run; held until the write is done. Nothing where another process holds it.
             step, groups, state: as there.
+            save: `joint.save` for what several processes write; default `checkpoint.save`.
+            ready: where all that can fail is done before the thread starts.
             **keep: keep and keep_every.
         """
         assert self._thread is None, "settle comes before start"
         state = json.loads(json.dumps(state))
-        copies, wait = self._snapshot.take(groups)
-        lock.__enter__()
+        held = False
+        try:
+            with ready or nullcontext():
+                copies, wait = self._snapshot.take(groups)
+                lock.__enter__()
+                held = True
+        except BaseException:
+            if held:
+                lock.__exit__(None, None, None)
+            raise
 
         def write() -> None:
             try:
                 wait()
-                self._path = checkpoint.save(lock.run, step, copies, state, **keep)
+                self._path = (save or checkpoint.save)(run, step, copies, state, **keep)
             except BaseException as error:  # raised by settle
                 self._error = error
             finally:
-                lock.__exit__()
+                lock.__exit__(None, None, None)
 
         self._thread = threading.Thread(target=write, name=f"checkpoint {step}")
         self._thread.start()

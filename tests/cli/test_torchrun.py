@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from parallel_runs import worker
 from test_cli_sample import command, here
 from test_cli_sample import run as run
 from test_sample_folder import files
 
 from fastcm.cli.sample_folder import share
 from fastcm.cli.train import _resuming
+from fastcm.runs.checkpoint import list_checkpoints, load
 from fastcm.training.parallel import Processes, local_device
 
 Patch = pytest.MonkeyPatch
@@ -71,8 +77,10 @@ def test_several_processes_do_not_write_one_file(
     ("count", "options", "said"),
     [
         (1, ["--parallel", "ddp"], "MASTER_ADDR, MASTER_PORT: start them with torchrun"),
-        (1, ["--parallel", "fsdp"], "parallel must be None or \"ddp\", got 'fsdp'"),
-        (2, [], "2 processes of torchrun need --parallel ddp"),
+        (1, ["--parallel", "fsdp"], "MASTER_ADDR, MASTER_PORT: start them with torchrun"),
+        (1, ["--parallel", "tp"], 'None, "ddp", "fsdp" or a DeviceMesh, got \'tp\''),
+        (1, ["--checkpoint", "all"], "checkpoint must be None or 'blocks', got 'all'"),
+        (2, [], "2 processes of torchrun need --parallel ddp or fsdp"),
     ],
 )
 def test_a_training_says_how_it_is_shared(
@@ -110,3 +118,50 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: Patch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"process 2 of this machine .* it has 2"):
         local_device()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_sharded_run_is_killed_resumed_sampled_from_and_consolidated(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    run, root = tmp_path / "run", str(Path(__file__).resolve().parents[2])
+    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "fastcm", "train"]
+    options = ["--parallel", "fsdp", "--checkpoint", "blocks", "--width", "18", "--batch", "16"]
+    options += ["--steps", "120", "--save-every", "10", "--sample-every", "60", "--resume"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *how, *options, "--out", str(run)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "step_000000020").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(worker(launcher.pid, 1), signal.SIGKILL)
+        told, _ = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, told
+    told = told.replace("\n", " ")
+    assert told.count("resumed") == told.count("'step': 120") == 1
+    assert "Traceback" not in told and "fastcm: " not in told
+    assert {p.name for p in (run / "samples").iterdir()} == {
+        "step_000000060.png",
+        "step_000000120.png",
+    }
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    path = list_checkpoints(run)[0]
+    assert (path / "model.00001.safetensors").exists() and load(path).state["step"] == 120
+    drawn = []
+    for form in ("sharded", "plain"):
+        out = tmp_path / f"{form}.npy"
+        assert here(monkeypatch, capsys, command(run, out, "--n", 3))[0] == 0
+        drawn.append(out.read_bytes())
+        said = here(monkeypatch, capsys, ["consolidate", str(run)])[1].replace("\n", "")
+        assert f"{path}: {'consolidated' if form == 'sharded' else 'plain already'}" in said
+    assert drawn[0] == drawn[1] and (path / "model.safetensors").exists()
+    assert here(monkeypatch, capsys, ["consolidate", str(tmp_path / "nowhere")])[0] == 2

@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_runs import CASES, IN_FOUR, INVARIANT, STEPS, everything, resumed, trainer, work
+from parallel_runs import (
+    CASES,
+    IN_FOUR,
+    INVARIANT,
+    STEPS,
+    everything,
+    resumed,
+    trainer,
+    work,
+    worker,
+)
 from torch import Tensor
 
 from fastcm.runs.checkpoint import list_checkpoints, load
@@ -141,8 +151,8 @@ def test_without_torchrun_there_is_nobody_to_train_with(monkeypatch: pytest.Monk
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r"RANK, WORLD_SIZE.*torchrun --standalone"):
         trainer(parallel="ddp")
-    with pytest.raises(ValueError, match="None or \"ddp\", got 'fsdp'"):
-        trainer(parallel="fsdp")
+    with pytest.raises(ValueError, match="or a DeviceMesh, got 'tp'"):
+        trainer(parallel="tp")
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="as torchrun sets them"):
@@ -175,15 +185,6 @@ def torchrun(out: Path, *more: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def worker(launcher: int, rank: int) -> int:
-    """The process of a rank."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for child in children:
-        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-            return int(child)
-    raise AssertionError(f"no process {rank} among {children}")
 
 
 def state(run: Path) -> dict[str, Tensor]:

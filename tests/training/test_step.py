@@ -27,7 +27,8 @@ from fastcm.networks import MLP, DiT
 from fastcm.objectives.base import Loss
 from fastcm.optim import one_sweep
 from fastcm.training import NonFiniteError, finite
-from fastcm.training.gradients import Gradients, compile_blocks
+from fastcm.training.blocks import compile_blocks
+from fastcm.training.gradients import Gradients
 from fastcm.training.logging import Reading
 
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
