@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ class Autocast:
         self.device_type = device_type
         self.log_variance = getattr(net, "log_variance", None)
 
-    def __call__(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, **second: Tensor
-    ) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, cond: Any = None, **second: Tensor) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16):
             return self.net(x.to(torch.bfloat16), t, cond, **second)
