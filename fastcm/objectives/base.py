@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm import ops, rng
 from fastcm.ema import Average
@@ -216,7 +216,14 @@ class Batch:
         )
 
     def network(self, net: Network) -> Network:
-        """A network of the objective's own, such as a teacher, in the precision of this step."""
+        """A network of the objective's own, such as a teacher, in the precision of this step.
+
+        One in half precision is so in any step.
+        """
+        first = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+        own = None if first is None else first.dtype
+        if own in (torch.bfloat16, torch.float16):
+            return Autocast(net, self.x0.device.type, own)
         if self.input_dtype in (torch.float32, torch.float64):
             return net
         return Autocast(net, self.x0.device.type)

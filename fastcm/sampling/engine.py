@@ -15,7 +15,7 @@ from fastcm import graphs, ops, rng
 from fastcm.networks.conditions import Null, each
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
-from fastcm.precision import Autocast, Precision
+from fastcm.precision import Autocast, Precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops
 from fastcm.sampling.functions import SOLVERS, SolverName
@@ -61,12 +61,10 @@ class Engine:
         self._null = each(lambda v: v.to(device) if isinstance(v, Tensor) else v, null_condition)
         self._device, self._on_cpu = device, device.type == "cpu"
         self._lock = graphs.device_lock(device)
-        self.eager: Network = Autocast(net, device.type) if precision == "bf16" else net
+        self.eager: Network = _precise(net, device, precision)
         self._network: Network = torch.compile(self.eager) if compile else self.eager
         self._guides = [] if guide is None else [guide]
-        self.eager_guide: Network | None = guide
-        if guide is not None and precision == "bf16":
-            self.eager_guide = Autocast(guide, device.type)
+        self.eager_guide = None if guide is None else _precise(guide, device, precision)
         self._guide: Network | None = self.eager_guide
         if compile and self.eager_guide is not None:
             self._guide = torch.compile(self.eager_guide)
@@ -181,6 +179,12 @@ class Engine:
             solver = SOLVERS[self._solver]
             return loops.ode(evaluate, z, key, self._steps, self._levels[0], solver)
         return loops.multistep(evaluate, z, key, self._levels)
+
+
+def _precise(net: nn.Module, device: torch.device, precision: Precision) -> Network:
+    """The network in the precision that was asked for, or in that of its weights."""
+    half = torch.bfloat16 if precision == "bf16" else half_of(net)
+    return net if half is None else Autocast(net, device.type, half)
 
 
 def _of_two_times(net: Network, x: Tensor, t: Tensor, cond: Any, s: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastcm import networks
 from fastcm.networks.conditions import Null, check_rows, each, rows_of
+from fastcm.networks.protocol import check_signature
 from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
@@ -58,7 +59,7 @@ class Sampler:
             `fastcm.sampling.guidance.Evaluator`.
         batch_size: samples that are computed at once, at most.
         precision: "fp32", or "bf16": the network sees bfloat16, under autocast; the arithmetic
-            around it stays float32.
+            around it stays float32. One with weights in half precision sees that in any case.
         compile: run the network under torch.compile.
         graph: "auto", "on" (even if slower; an error where there can be none) or "off".
         device: default that of the network's parameters or buffers.
@@ -68,7 +69,7 @@ class Sampler:
     a sample does not depend on what it is padded with.
 
     Raises:
-        TypeError: path is none, steps or batch_size is no int.
+        TypeError: path is none, steps or batch_size is no int, a network is not callable as above.
         ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
             precision or graph, graph="on" without a GPU.
     """
@@ -113,6 +114,9 @@ class Sampler:
                 raise TypeError(f"{name} must be an int, got {number!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        for name, module in (("net", net), ("guide", guide)):
+            if module is not None:
+                check_signature(name, module, two_times=method == "flow-map")
         self.parameterization = as_parameterization(path)
         if method == "flow-map":
             check_velocity(self.parameterization)
@@ -190,8 +194,9 @@ class Sampler:
                     "of the same architecture"
                 )
             net = networks.build(state["network"])
-        checkpoint.check_tensors(f"{found.path.name}", found.groups[group], net.state_dict())
-        net.load_state_dict(found.groups[group])
+        weights = found.groups[group]
+        checkpoint.check_tensors(f"{found.path.name}", weights, checkpoint.weights_of(net))
+        checkpoint.load_weights(net, weights)
         options = {"shape": state["shape"], "null_condition": state["null_condition"], **options}
         p = parameterization_from(state["parameterization"])
         return cls(net, p, device=device, **options)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from fastcm.networks.conditions import rows_of
 from fastcm.networks.protocol import Network
 from fastcm.objectives.base import Batch, Loss, Objective
 from fastcm.ops.dispatch import Door, door
-from fastcm.precision import Autocast, Precision, check_precision
+from fastcm.precision import Autocast, Precision, check_precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.training.parallel import MeanGradients, Processes, lost_peers
 
@@ -39,7 +39,7 @@ class Gradients:
         objective: the method.
         target_net: the average that serves as target, or None.
         precision: "fp32", or "bf16": the networks run under autocast and see bfloat16 inputs; the
-            arithmetic around them stays float32.
+            arithmetic around them stays float32. Always bf16 for a student with such weights.
         compile: True, False, "auto": time both at the first step and keep the faster, or
             "regional": compile the repeated blocks of the networks, which is quicker to do for a
             deep one. On a GPU both of these compile times and coefficients in any long run.
@@ -71,7 +71,9 @@ class Gradients:
         self.net = net
         self.objective = objective
         self.target_net = target_net
-        self.precision = precision
+        self.precision: Precision = "bf16" if half_of(net) is torch.bfloat16 else precision
+        if self.precision != precision:
+            log("precision: bf16, as the weights are")
         self.accumulate = accumulate
         self.paired = paired
         self.processes = processes or Processes()
