@@ -208,7 +208,7 @@ class IterableData:
     def _unpacked(self, item: object) -> Batch:
         parts = item if isinstance(item, tuple | list) else (item,)
         try:
-            tensors = [None if part is None else each(_tensor, part) for part in parts]
+            tensors = [None if part is None else _tensors(part) for part in parts]
         except (TypeError, ValueError, RuntimeError):
             tensors = []
         x, cond = (*tensors, None, None)[:2]
@@ -235,10 +235,17 @@ def _tensor(x: Any) -> Tensor:
 
 def _conditioned(x: Tensor, cond: Any) -> Dataset:
     """Integers ``[N]`` are labels, anything else is a condition."""
-    held = as_condition(each(_tensor, cond))
+    held = as_condition(_tensors(cond))
     if isinstance(held, Tensor) and held.dtype == torch.int64 and held.ndim == 1:
         return Dataset(x, held)
     return Dataset(x, cond=held)
+
+
+def _tensors(cond: Any) -> Any:
+    """Arrays as tensors inside of their containers; a list of numbers is an array."""
+    if isinstance(cond, list) and all(isinstance(v, int | float) for v in cond):
+        return _tensor(cond)
+    return each(_tensor, cond)
 
 
 def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
