@@ -16,6 +16,7 @@ from rich.table import Table
 from fastcm import __version__
 from fastcm.cli import demo, plot
 from fastcm.cli.evaluate import evaluate
+from fastcm.cli.export import export
 from fastcm.cli.pairs import pairs
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
@@ -34,6 +35,7 @@ app.command()(train)
 app.command()(sample)
 app.command()(pairs)
 app.command()(evaluate)
+app.command()(export)
 app.add_typer(plot.app, name="plot")
 
 

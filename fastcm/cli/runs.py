@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fastcm.cli import tables
+from fastcm import hub
 from fastcm.cli.recipes import Recipe
 from fastcm.data import Dataset, as_source
 from fastcm.data.datasets import as_condition, condition_of, read_arrays
@@ -87,7 +87,7 @@ def sampling_method(directory: Path) -> Method:
         FileNotFoundError, CheckpointError: see `fastcm.sampling.Sampler.from_run`.
     """
     state = load_newest(directory, only=set(), requires=RUN_STATE)[0].state
-    return tables.sampling_method(state["config"]["objective"]["type"])
+    return hub.sampling_method(state["config"]["objective"]["type"])
 
 
 def of_run(directory: Path) -> Recipe:
