@@ -152,5 +152,5 @@ def test_other_misuse_is_named():
         run(Labelled(), "euler", z, cond=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="append_weight needs cond or n"):
         sampling.append_weight(None, 2.0)
-    with pytest.raises(ValueError, match=r"cond must be \[B\] or \[B, C\]"):
+    with pytest.raises(ValueError, match=r"cond must be \[B\], \[B, C\] or a dict"):
         sampling.append_weight(torch.zeros(2, 3, 4), 2.0)
