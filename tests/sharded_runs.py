@@ -361,6 +361,7 @@ def what_cannot_be_sharded_is_refused_by_name(_: Path) -> None:
     refused("not contiguous, input.weight", make(slanted))
     mixed.output.bfloat16()
     refused("one dtype", make(mixed))
+    refused("net is compiled already", make(torch.compile(mlp())))  # type: ignore[arg-type]
     with torch.device("meta"):
         refused("meta device", make(mlp()))
     net = mlp()
