@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastcm.cli import tables
-from fastcm.cli.recipes import Recipe
-from fastcm.data import Dataset, as_source
+from fastcm.cli.recipes import IN_MEMORY, Recipe
+from fastcm.data import Dataset, Shards, as_source
 from fastcm.runs import checkpoint
 from fastcm.runs.checkpoint import RUN_STATE, load_newest
 from fastcm.runs.description import differences
@@ -102,7 +102,7 @@ def of_run(directory: Path) -> Recipe:
 
 
 def datasets(run: Path) -> tuple[Dataset, Dataset]:
-    """Training and held-out data of a run.
+    """Training and held-out data of a run; of shards the first rows.
 
     Raises:
         FileNotFoundError, ValueError: no run of ``fastcm train``, or its data has changed since.
@@ -113,6 +113,8 @@ def datasets(run: Path) -> tuple[Dataset, Dataset]:
     changed = differences(found.state["config"]["data"], source.describe())
     if changed:
         raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
+    if isinstance(train_data, Shards):
+        train_data = train_data.to_memory(IN_MEMORY)
     return train_data, held_out
 
 

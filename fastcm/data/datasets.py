@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -266,7 +266,12 @@ def image_folder(
     return Dataset(x[: len(kept)], labels, len(classes))
 
 
-def _read_image(file: Path, size: int | None, channels: int) -> Tensor:
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image anywhere in a folder."""
+    return any(file.suffix.lower() in _IMAGE_SUFFIXES for file in folder.rglob("*"))
+
+
+def _read_image(file: Path | IO[bytes], size: int | None, channels: int) -> Tensor:
     Image, ImageOps = _demo("PIL.Image"), _demo("PIL.ImageOps")
     with Image.open(file) as opened:
         if opened.mode[0] in "IF":

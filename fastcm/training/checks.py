@@ -148,10 +148,12 @@ def check_classes(net: nn.Module, source: object, objective: Objective) -> None:
 
 def check_parallel(net: nn.Module, source: Source) -> None:
     """What would make a training depend on how many processes share it."""
-    if isinstance(source, IterableData):
+    if isinstance(source, IterableData) and not source.given.per_process:
         raise ValueError(
             "several processes need data whose rows do not depend on who reads them, got an "
-            "iterable of batches: give a tensor, a Dataset, a path or a Source"
+            "iterable of batches: give a tensor, a Dataset, a path, a data set with rows or a "
+            "Source; or, if each process has rows of its own already and it has a state_dict, "
+            "fastcm.data.Batches(iterable, per_process=True)"
         )
     for name, module in net.named_modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
