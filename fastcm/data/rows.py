@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -135,6 +136,7 @@ class RowData:
         self._order = Order(len(rows), seed if rows.shuffle else None)
         self._upload, self._form = Upload(device), Form()
         self._iterator: Iterator[Any] | None = None
+        self._end: weakref.finalize[..., RowData] | None = None
         self._next: tuple[int, int, range] | None = None
 
     def __len__(self) -> int:
@@ -155,12 +157,23 @@ class RowData:
                 f"the DataLoader has batch_size={expected}, the trainer batch_size={batch_size}: "
                 "give both the same"
             )
-        if self._iterator is None or self._next != (step, batch_size, rows):
-            self._iterator = self._read_from(step, batch_size, rows)
-        self._next = None  # after an error nothing is known
-        batch = next(self._iterator)
+        try:
+            if self._iterator is None or self._next != (step, batch_size, rows):
+                self.close()
+                self._iterator = self._read_from(step, batch_size, rows)
+                self._end = weakref.finalize(self, _stop, self._iterator)
+            x, cond = self._form(next(self._iterator), len(rows))
+        except BaseException:
+            self.close()
+            raise
         self._next = (step + 1, batch_size, rows)
-        return self._upload.batch(*self._form(batch, len(rows)))
+        return self._upload.batch(x, cond)
+
+    def close(self) -> None:
+        """End the workers; a later draw starts others."""
+        self._iterator = None
+        if self._end is not None:
+            self._end()
 
     def describe(self) -> dict[str, object]:
         return {
@@ -264,6 +277,13 @@ def _pixels(value: Any) -> Any:
         value = value.convert("L" if value.mode == "1" else "RGB")
     pixels = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
     return pixels.view(value.height, value.width, -1).permute(2, 0, 1)
+
+
+def _stop(iterator: Iterator[Any]) -> None:
+    """End the workers now: the collector of garbage would take apart what they are told with."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
 
 
 def _as_is(batch: Any) -> Any:
