@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastcm.runs.files import DTYPES, CheckpointError
 
 _TENSOR, _ARRAY, _TUPLE = "$tensor", "$array", "$tuple"
+_KINDS = "biuf"
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 30
 
@@ -49,12 +51,13 @@ def _plain(value: Any, at: str, tensors: dict[str, Tensor], depth: int) -> Any:
         return value
     if isinstance(value, np.generic):  # a number of numpy
         return _plain(value.item(), at, tensors, depth - 1)
-    if isinstance(value, Tensor | np.ndarray) and _savable(value):
-        name = str(len(tensors))
-        array = isinstance(value, np.ndarray)
-        held = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        tensors[name] = held.detach().cpu().clone()
-        return {_ARRAY if array else _TENSOR: name}
+    name = str(len(tensors))
+    if isinstance(value, Tensor) and value.dtype in DTYPES:
+        tensors[name] = value.detach().cpu().clone()
+        return {_TENSOR: name}
+    if isinstance(value, np.ndarray) and value.dtype.kind in _KINDS:
+        tensors[name] = torch.frombuffer(bytearray(value.tobytes() or b"0"), dtype=torch.uint8)
+        return {_ARRAY: [name, value.dtype.str, list(value.shape)]}
     if isinstance(value, tuple | list):
         parts = [_plain(v, f"{at}[{i}]", tensors, depth - 1) for i, v in enumerate(value)]
         return {_TUPLE: parts} if isinstance(value, tuple) else parts
@@ -70,20 +73,11 @@ def _plain(value: Any, at: str, tensors: dict[str, Tensor], depth: int) -> Any:
     )
 
 
-def _savable(value: Tensor | np.ndarray[Any, Any]) -> bool:
-    if isinstance(value, Tensor):
-        return value.dtype in DTYPES
-    try:
-        return value.dtype.isnative and torch.from_numpy(value[:0]).dtype in DTYPES
-    except (TypeError, IndexError):  # objects, strings, numbers that torch lacks; 0-d
-        return False
-
-
 def unflatten(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of `flatten`.
 
     Raises:
-        CheckpointError: a tensor is missing.
+        CheckpointError: a tensor is missing, or is not what the state says.
     """
     if isinstance(plain, list):
         return [unflatten(value, tensors) for value in plain]
@@ -93,8 +87,29 @@ def unflatten(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
         ((key, value),) = plain.items()
         if key == _TUPLE and isinstance(value, list):
             return tuple(unflatten(part, tensors) for part in value)
-        if key in (_TENSOR, _ARRAY):
-            if value not in tensors:
-                raise CheckpointError(f"the state of the data lacks its tensor {value!r:.100}")
-            return tensors[value].numpy() if key == _ARRAY else tensors[value]
+        if key == _TENSOR:
+            return _named(value, tensors)
+        if key == _ARRAY:
+            return _array(value, tensors)
     return {key: unflatten(value, tensors) for key, value in plain.items()}
+
+
+def _named(name: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    if not isinstance(name, str) or name not in tensors:
+        raise CheckpointError(f"the state of the data lacks its tensor {name!r:.100}")
+    return tensors[name]
+
+
+def _array(described: Any, tensors: Mapping[str, Tensor]) -> Any:
+    try:
+        name, kind, shape = described
+        dtype = np.dtype(kind)
+        if dtype.kind not in _KINDS:
+            raise ValueError(f"{dtype} is not a number")
+        count = math.prod(shape)
+        array = np.frombuffer(_named(name, tensors).numpy().tobytes(), dtype, count)
+        return array.reshape(shape).copy()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the state of the data names the array {described!r:.100}: {error}"
+        ) from error

@@ -333,7 +333,9 @@ def test_load_finds_the_reader(tmp_path: Path) -> None:
 
 def test_load_says_what_it_accepts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("1,2")
-    accepted = r'expected "digits", "photographs", a folder of images or shards, or a \.npy or \.npz file'
+    accepted = (
+        r'expected "digits", "photographs", a folder of images or shards, or a \.npy or \.npz file'
+    )
     with pytest.raises(ValueError, match=accepted):
         load(tmp_path / "a.csv")
     with pytest.raises(FileNotFoundError, match=accepted):

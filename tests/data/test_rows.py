@@ -100,7 +100,7 @@ def test_a_process_reads_its_own_rows_and_no_others() -> None:
         dataset.read = []
         mine = source(dataset)
         parts.append([[int(i) for i in draw_rows(mine, s, 4, rows)[0][:, 0]] for s in range(4)])
-        assert dataset.read == sum(parts[-1], [])
+        assert dataset.read == [i for batch in parts[-1] for i in batch]
     assert [a + b for a, b in zip(*parts)] == whole
 
 
