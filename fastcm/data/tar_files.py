@@ -48,8 +48,11 @@ def index_tar(path: Path) -> list[Members]:
             if name == "labels" and name in rows[-1] and kind == "json":
                 continue  # cls comes first, whatever the order
             rows[-1][name] = (kind, member.offset_data, member.size)
-        if archive.offset > path.stat().st_size:
-            raise ValueError("it ends within a member")
+        end = archive.offset
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(512) != bytes(512):
+            raise ValueError("it has no end: it was cut off")
     if not rows:
         raise ValueError("it holds no sample: no member ends in .jpg, .png or .npy")
     names = {*rows[0]}
