@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/scale.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/scale.md",
+    "docs/data.md",
+]
 FILE = re.compile(r"`((?:fastcm|kernels|tests|benchmarks|docs|examples)/[\w./*]*)`")
 
 

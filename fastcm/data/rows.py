@@ -268,7 +268,12 @@ def _collated(items: list[Any], rows: list[int]) -> Any:
 
 
 def _pixels(value: Any) -> Any:
-    """An image of Pillow as uint8 ``[C, H, W]``; anything else as it is."""
+    """An image of Pillow as uint8 ``[C, H, W]``, a list of numbers as a tensor, else as it is."""
+    if isinstance(value, list):
+        try:
+            return torch.as_tensor(value, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            return value
     if type(value).__module__.partition(".")[0] != "PIL":
         return value
     if value.mode[0] in "IF":

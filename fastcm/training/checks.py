@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastcm.data import DeviceData, Source
+from fastcm.data.shard_data import ShardData
 from fastcm.data.sources import IterableData
 from fastcm.losses import Learned
 from fastcm.objectives.base import Objective
@@ -139,6 +140,8 @@ def check_classes(net: nn.Module, source: object, objective: Objective) -> None:
     """A label of num_classes would be the null label, one beyond it an index out of range."""
     classes = getattr(net, "description", {}).get("num_classes")
     data = source.dataset.num_classes if isinstance(source, DeviceData) else None
+    if isinstance(source, ShardData):
+        data = source.data.classes  # those of a split are known, others not looked for
     null = getattr(objective, "null_condition", None)
     if classes is not None and data is not None and data > classes:
         raise ValueError(f"the data has {data} classes, the network num_classes={classes}")

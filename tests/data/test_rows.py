@@ -313,6 +313,15 @@ def test_a_run_on_rows_resumes_in_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed))
 
 
+def as_floats(rows: dict[str, Any]) -> dict[str, Any]:
+    return {"x": [[float(i) for i in x] for x in rows["x"]]}
+
+
+def test_lists_of_numbers_are_tensors() -> None:
+    x, cond = source(Other([([float(i), 0.0], [i, 1]) for i in range(4)])).draw(0, 4)
+    assert x.shape == cond.shape == (4, 2) and torch.equal(x[:, 0].long(), cond[:, 0])
+
+
 def test_rows_of_hugging_face() -> None:
     datasets = pytest.importorskip("datasets")
     rows = {"img": [[i, i] for i in range(10)], "label": list(range(10)), "text": ["a"] * 10}
@@ -320,6 +329,8 @@ def test_rows_of_hugging_face() -> None:
     assert isinstance(drawn, RowData)
     assert numbers(drawn, range(5)) == expected(10, range(5))
     image = pytest.importorskip("PIL.Image")
+    listed = source(datasets.Dataset.from_dict({"x": rows["img"]}).with_transform(as_floats))
+    assert numbers(listed, range(5)) == expected(10, range(5))
     rows = {"image": [image.new("L", (2, 2), i) for i in range(10)], "label": list(range(10))}
     drawn = source(Rows(datasets.Dataset.from_dict(rows), num_workers=1))
     assert numbers(drawn, range(5)) == expected(10, range(5))
