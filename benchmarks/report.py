@@ -205,9 +205,9 @@ def data_table(report: dict[str, Any]) -> str:
         f"Rows of uint8 {first['shape']} a second, of {first['rows']:,}, in shards of "
         f"{first['shard']:,} with a window of {first['window']} on a local disk whose pages may be "
         "in memory; `rows` are those of a tensor in a data set of torch, without workers. Drawing "
-        f"a batch of {step['batch']} from shards takes {100 * step['draw/step']:.2f} % of a step "
-        f"of CT of {step['network']}. On {machine_of(report)}, of {first['cores']} shared with other "
-        f"work: the load was {min(r['load'] for r in report['rows']):.0f} to "
+        f"a batch of {step['batch']} from shards takes {100 * step['draw/step']:.3f} % of a step "
+        f"of CT of {step['network']}. On {machine_of(report)}, of {first['cores']} that had other "
+        f"work, too: the load was {min(r['load'] for r in report['rows']):.0f} to "
         f"{max(r['load'] for r in report['rows']):.0f}."
     )
     return markdown("batch | " + " | ".join(names), rows, note)

@@ -28,7 +28,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from fastcm.data.drawing import Form, Keys, Order, Upload, picked
 
-_OURS = ("batch_size", "sampler", "batch_sampler", "drop_last", "generator", "persistent_workers")
+_OURS = (
+    "batch_size", "sampler", "batch_sampler", "drop_last", "generator", "persistent_workers",
+    "in_order",
+)  # fmt: skip
 
 
 class Rows:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import fastcm
 from fastcm import FlowMatching, Sampler, Trainer, data, rng
@@ -346,6 +347,25 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
             write_shards(tmp_path / "w", batches)
     with pytest.raises(ValueError, match="format must be one of npz, safetensors, tar, got 'zip'"):
         write_shards(tmp_path / "w", [], format="zip")  # type: ignore[arg-type]
+
+
+def test_a_folder_of_images_may_hold_other_arrays(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    image.new("L", (2, 2), 7).save(tmp_path / "a" / "0.png")
+    np.savez(tmp_path / "statistics.npz", x=np.zeros((3, 2)))
+    assert isinstance(data.load(tmp_path, channels=1), Dataset)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gets_the_same_batches(tmp_path: Path) -> None:
+    rows = data.Rows(TensorDataset(*numbered()), num_workers=1)
+    for given in (shards(written(tmp_path / "s"), window=2), rows):
+        cpu, gpu = (as_source(given, seed=3, device=device) for device in ("cpu", "cuda"))
+        for step in range(20):
+            for a, b in zip(cpu.draw(step, 7), gpu.draw(step, 7)):
+                assert b is not None and b.is_cuda and torch.equal(a, b.cpu())
 
 
 # training
