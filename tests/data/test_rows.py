@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -266,6 +269,21 @@ def test_an_error_of_a_worker_names_its_cause() -> None:
 
     with pytest.raises(OSError, match=r"row \d is gone"):
         source(Rows(Broken(), num_workers=1)).draw(0, 4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interrupt_is_left_to_the_process_that_trains() -> None:
+    drawn = source(Rows(Numbered(), num_workers=2))
+    assert numbers(drawn, [0]) == expected(10, [0])
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(cast(int, worker.pid), signal.SIGINT)
+    assert numbers(drawn, range(1, 12)) == expected(10, range(1, 12))
+    assert isinstance(drawn, RowData)
+    drawn.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert numbers(drawn, [12]) == expected(10, [12])
 
 
 def test_an_iterable_data_set_stays_an_iterable() -> None:

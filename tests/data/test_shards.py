@@ -17,7 +17,6 @@ from torch.utils.data import TensorDataset
 
 import fastcm
 from fastcm import FlowMatching, Sampler, Trainer, data, rng
-from fastcm.cli.sample_folder import sample_folder
 from fastcm.data import Dataset, DeviceData, Shards, as_source, shards, write_shards
 from fastcm.data.shard_data import ShardData
 from fastcm.data.sources import draw_rows
@@ -232,6 +231,9 @@ def unsorted(folder: Path) -> Path:
 
 
 def test_pairs_are_read_as_from_memory(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    from fastcm.cli.sample_folder import sample_folder
+
     net = GaussianMixture(torch.tensor([[0.5, -0.5], [-1.0, 0.2]]), 0.3)
     sampler = Sampler(net, fastcm.Linear(), steps=2, method="ode", shape=(2,), batch_size=16)
     sample_folder(sampler, tmp_path, 40, format="pairs", seed=7, first=3)
