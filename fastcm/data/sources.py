@@ -15,7 +15,6 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
 from fastcm import rng
@@ -31,7 +30,7 @@ from fastcm.data.loading import load as load
 from fastcm.data.rows import RowData, Rows, has_rows, rows_of_loader
 from fastcm.data.shard_data import ShardData
 from fastcm.data.shards import Shards
-from fastcm.networks.conditions import check_rows, each, layout, named
+from fastcm.networks.conditions import check_rows, each, layout, named, rows_of
 from fastcm.runs.checkpoint import digest
 
 Batch = tuple[Tensor, Any]
@@ -67,7 +66,7 @@ def draw_rows(source: Source, step: int, batch_size: int, rows: range) -> Batch:
     if len(rows) == batch_size:
         return x, cond
     mine = slice(rows.start, rows.stop)
-    return x[mine], None if cond is None else _pytree.tree_map(lambda leaf: leaf[mine], cond)
+    return x[mine], rows_of(cond, mine)
 
 
 class DeviceData:
