@@ -17,6 +17,7 @@ from fastcm import __version__
 from fastcm.cli import demo, plot
 from fastcm.cli.evaluate import evaluate
 from fastcm.cli.pairs import pairs
+from fastcm.cli.plan import plan
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
@@ -34,6 +35,7 @@ app.command()(train)
 app.command()(sample)
 app.command()(pairs)
 app.command()(evaluate)
+app.command(name="plan")(plan)
 app.add_typer(plot.app, name="plot")
 
 
