@@ -61,7 +61,8 @@ def plan(
     Times are those of the ceilings that are given or measured; without one they are not known.
     """
     title, student, objective, labels = _subject(net, method, shape, classes)
-    kind = dtype or ("uint8" if net in ("mlp", "unet") else "float32")
+    pixels = net in ("mlp", "unet") and method != "pairs"
+    kind = dtype or ("uint8" if pixels else "float32")
     if kind not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if averages < 0:

@@ -72,7 +72,7 @@ def count(
     paired: bool = False,
     precision: Precision = "fp32",
     device_type: str = "cpu",
-    backward: bool = True,
+    memory_only: bool = False,
 ) -> Counts:
     """Run one micro-batch on the meta device.
 
@@ -83,7 +83,7 @@ def count(
         cond: its condition.
         precision: "fp32" or "bf16".
         device_type: "cuda" or "cpu", whose autocast differ.
-        backward: False leaves the backward passes out.
+        memory_only: count activations and evaluations, which is quicker; there is no work then.
 
     Raises:
         Exception: whatever a network raises that cannot be copied or does not run on meta tensors.
@@ -113,10 +113,10 @@ def count(
             z=z,
             input_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         )
-        with ledger:
+        with nullcontext() if memory_only else ledger:
             target = counted(without_memory(net), "target").requires_grad_(False)
             method.loss(counted(student, "student"), batch, target)
-            if backward:
+            if not memory_only:
                 _backward(ledger, calls)
     return Counts(
         tuple(call.evaluation for call in calls),

@@ -91,7 +91,7 @@ def shortage(
             paired=paired,
             precision=precision,
             device_type=x0.device.type,
-            backward=False,
+            memory_only=True,
         )
     except Exception:  # a network may raise anything here, and none of it matters
         return None

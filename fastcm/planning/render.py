@@ -40,11 +40,11 @@ def _parts(plan: Plan) -> str:
                 part.name,
                 f"{part.flops / 1e12:.3g}" if part.flops else "-",
                 NOT_KNOWN if part.bytes is None else size(part.bytes),
-                NOT_KNOWN if part.seconds is None else f"{1e3 * part.seconds:.3g} ms",
+                NOT_KNOWN if part.seconds is None else duration(part.seconds),
                 NOT_KNOWN if share is None else f"{100 * share:.1f} %",
             ]
         )
-    known = f"{1e3 * plan.seconds:.4g} ms" if plan.seconds else NOT_KNOWN
+    known = duration(plan.seconds) if plan.seconds else NOT_KNOWN
     rows.append(["all that is known" if plan.unknown else "all", "", "", known, ""])
     return table(["part of a step", "TFLOP", "bytes", "time at the ceilings", "share"], rows)
 
@@ -59,7 +59,7 @@ def _below(plan: Plan) -> str:
     talk = [part for part in plan.parts if part.name.startswith(("all-", "reduce-"))]
     if talk and all(part.seconds is not None for part in talk):
         seconds = sum(part.seconds or 0.0 for part in talk)
-        text += f". {1e3 * seconds:.3g} ms of communication can hide behind them, or some of it"
+        text += f". {duration(seconds)} of communication can hide behind them, or some of it"
     return text + "."
 
 
@@ -82,6 +82,11 @@ def size(count: int) -> str:
         if count >= one:
             return f"{count / one:.4g} {unit}"
     return f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that suits them."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -181,7 +181,8 @@ def test_activations_in_bfloat16_are_those_of_autocast(name: str) -> None:
         return out
 
     assert found.activations == pytest.approx(kept(net, call), rel=0.03)
-    assert found.activations < of(net, shape, FlowMatching()).activations
+    if name != "mlp":  # where the copies of the weights weigh more than the few rows
+        assert found.activations < of(net, shape, FlowMatching()).activations
     on_gpu = of(net, shape, FlowMatching(), precision="bf16", device_type="cuda")
     assert on_gpu.activations >= found.activations
 
