@@ -3,11 +3,13 @@
 Columns: `alone`, a Trainer; `ddp`, the same in a process group of one, which waits for nobody.
 Before any clock starts both must have the same bits. The scaling rows are of two processes of one
 thread each on a CPU, on the same whole batch: `one`, a Trainer in the first while the second waits,
-and `two`, both; the weights must agree to rounding. Rows go to results/parallel_{cpu,gpu}.json.
+and `two`, both; the weights must agree to rounding, and the best of the rounds counts. Rows go to
+results/parallel_{cpu,gpu}.json.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -110,11 +112,13 @@ def scaled(rank: int, world: int, network: str) -> dict[str, Any]:
     else:
         timers["one"] = _waiting
     samples = interleaved(timers, ROUNDS)
+    best = {name: 1e3 * min(times) for name, times in samples.items()}
     return {
         "parameters": sum(p.numel() for p in shared.net.parameters()),
         "batch": batch,
-        "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
-        "one/two": median_ratio(samples, "one", "two") if rank == 0 else 0.0,
+        "ms": best,  # what else runs on the machine takes a core from two, and none from one
+        "one/two": best["one"] / best["two"],
+        "one/two, median of rounds": median_ratio(samples, "one", "two") if rank == 0 else None,
     }
 
 
@@ -125,12 +129,14 @@ def _after_barrier(trainer: fastcm.Trainer, steps: int) -> float:
 
 def _waiting() -> float:
     dist.barrier()
-    return 0.0
+    return float("inf")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it is of CPU processes")
 @pytest.mark.parametrize("network", SCALED)
 def test_scaling(network: str, report: Report) -> None:
     row = {"network": network, "processes": 2, **together(scaled, 2, network)}
+    if "NOTE" in os.environ:
+        row["note"] = os.environ["NOTE"]
     print(row)
     report.add(row)

@@ -104,7 +104,7 @@ def _product(device: torch.device, precision: Precision) -> float:
 def _copy(device: torch.device) -> float:
     """Bytes a second of a copy that no cache holds, read and written."""
     size = 2**30 if device.type == "cuda" else 2**27
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     sink = torch.ones_like(source)
     return 2 * size / _seconds(lambda: sink.copy_(source), device)
 

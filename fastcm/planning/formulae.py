@@ -75,7 +75,9 @@ def around_the_networks(objective: Objective) -> Passes | None:
     return None
 
 
-def sweep(parameters: int, averages: int, *, clipped: bool = True, copies: int = 0) -> int:
+def sweep(
+    parameters: int, averages: int, *, clipped: bool = True, copies: int = 0, refreshed: int = 0
+) -> int:
     """Clip, Adam and every average: 40 bytes a parameter with one, 8 for each further one.
 
     Args:
@@ -83,32 +85,27 @@ def sweep(parameters: int, averages: int, *, clipped: bool = True, copies: int =
         averages: how many are kept.
         clipped: whether the norm is measured, which reads the gradients once more.
         copies: in bfloat16.
+        refreshed: averages that are copied to a network of shards afterwards.
     """
-    gradient, state, average = 4, 3 * 8, 8
-    return parameters * (gradient * (1 + clipped) + state + average * averages + 2 * copies)
+    gradient, state, average, copy = 4, 3 * 8, 8, 8
+    each = gradient * (1 + clipped) + state + average * averages + 2 * copies + copy * refreshed
+    return parameters * each
 
 
-def traffic(
-    parallel: str | None,
-    gpus: int,
-    *,
-    gradients: int,
-    parameters: int,
-    gathers: int,
-) -> tuple[int, int]:
-    """Bytes that one device sends in a step, by rings: (averaging gradients, gathering weights).
+def traffic(parallel: str | None, gpus: int, gradients: int, weights: int) -> tuple[int, int]:
+    """Bytes that one device sends by rings: (averaging gradients, gathering weights).
 
     Args:
         parallel: None, "ddp" (all-reduce) or "fsdp" (reduce-scatter, and all-gather of weights).
         gpus: devices.
-        gradients, parameters: bytes of them.
-        gathers: how often the weights of a network are gathered.
+        gradients: bytes that are averaged.
+        weights: bytes that are gathered, of all passes over networks.
     """
     if parallel is None or gpus == 1:
         return 0, 0
     if parallel == "ddp":
         return 2 * gradients * (gpus - 1) // gpus, 0
-    return gradients * (gpus - 1) // gpus, gathers * parameters * (gpus - 1) // gpus
+    return gradients * (gpus - 1) // gpus, weights * (gpus - 1) // gpus
 
 
 def samples_in_memory(

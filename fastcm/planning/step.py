@@ -145,13 +145,15 @@ def plan(
         precision=precision,
         device_type=device_type,
     )
-    kept = averages + (objective.target_average is not None)
+    target = objective.target_average is not None
+    kept, teacher = averages + target, getattr(objective, "teacher", None)
     trained = [p for p in net.parameters() if p.requires_grad]
     size = {
         "parameters": _bytes([*net.parameters(), *net.buffers()]),
         "gradients": _bytes(trained),
         "moments": 8 * sum(p.numel() for p in trained),
         "averages": 4 * kept * sum(p.numel() for p in trained),
+        "teacher": _bytes([*teacher.parameters()]) if isinstance(teacher, nn.Module) else 0,
     }
     element, data = (2 if precision == "bf16" else 4), data_dtype.itemsize
     elements = math.prod(shape)
@@ -167,7 +169,12 @@ def plan(
     around = passes and passes.bytes(data * (2 if paired else 1), element) * elements
     numbers = sum(p.numel() for p in trained)
     share = gpus if parallel == "fsdp" else 1
-    swept = formulae.sweep(math.ceil(numbers / share), kept, clipped=clipped)
+    swept = formulae.sweep(
+        math.ceil(numbers / share),
+        kept,
+        clipped=clipped,
+        refreshed=int(target and parallel == "fsdp"),
+    )
     parts = [
         *networks,
         _moving("around the networks", around and around * rows * accumulate, ceilings.bandwidth),
@@ -179,17 +186,12 @@ def plan(
     batch_bytes = formulae.samples_in_memory(
         [(e.rows, e.differentiated) for e in counts.evaluations], elements, data, element
     )
-    teacher = getattr(objective, "teacher", None)
-    rest = {
-        "teacher": _bytes([*teacher.parameters()]) if isinstance(teacher, nn.Module) else 0,
-        "batch": batch_bytes,
-    }
     return Plan(
         sum(p.numel() for p in net.parameters()),
         numbers,
         rows,
         tuple(parts),
-        _memory(net, size, rest, counts, gpus),
+        _memory(net, size, {"batch": batch_bytes}, counts, gpus, target),
         counts,
         {
             "method": type(objective).__name__,
@@ -264,21 +266,20 @@ def _communication(
     accumulate: int,
     ceilings: Ceilings,
 ) -> list[Part]:
-    """What travels between devices; the weights are gathered for every pass over the network."""
+    """What travels between devices.
+
+    With shards, the weights of a network are gathered for every pass over it, and gradients are
+    averaged after every micro-batch; without, once a step.
+    """
     if parallel is None or gpus == 1:
         return []
-    passes = sum(
-        2 if e.differentiated else 1
+    gathered = accumulate * sum(
+        size["teacher" if e.network == "teacher" else "parameters"] * (1 + e.differentiated)
         for e in counts.evaluations
-        if e.network in ("student", "target")
+        if e.network != "metric"
     )
-    averaged, gathered = formulae.traffic(
-        parallel,
-        gpus,
-        gradients=size["gradients"],
-        parameters=size["parameters"],
-        gathers=passes * accumulate,
-    )
+    times = accumulate if parallel == "fsdp" else 1
+    averaged, gathered = formulae.traffic(parallel, gpus, times * size["gradients"], gathered)
     rate = None if ceilings.interconnect is None else ceilings.interconnect / 8
     name = "all-reduce of gradients" if parallel == "ddp" else "reduce-scatter of gradients"
     parts = [_moving(name, averaged, rate)]
@@ -288,10 +289,17 @@ def _communication(
 
 
 def _memory(
-    net: nn.Module, size: dict[str, int], rest: dict[str, int], counts: Counts, gpus: int
+    net: nn.Module,
+    size: dict[str, int],
+    rest: dict[str, int],
+    counts: Counts,
+    gpus: int,
+    target: bool,
 ) -> dict[str, dict[bool, dict[str, int]]]:
     root, block = units(net)
     sharded = {name: math.ceil(value / gpus) for name, value in size.items()}
+    # the network of the target has shards of its own
+    sharded["averages"] += sharded["gradients"] if target and gpus > 1 else 0
     # what is outside of blocks, weights of a block and of the next one, gradients of a block
     sharded["gathered"] = 0 if gpus == 1 else root + 3 * block
     kinds = {"whole": size, "sharded": sharded}

@@ -105,12 +105,12 @@ def test_bytes_of_the_sweep() -> None:
     assert formulae.sweep(1, 1) == 4 + 5 * 4 + 4 * 4
     assert formulae.sweep(1, 1, clipped=False) == 36
     assert formulae.sweep(3, 2) == 3 * 48
-    assert formulae.sweep(1, 1, copies=1) == 42
+    assert formulae.sweep(1, 1, copies=1) == 42 and formulae.sweep(1, 1, refreshed=1) == 48
 
 
 def test_what_travels() -> None:
     def sent(parallel: str | None, gpus: int) -> tuple[int, int]:
-        return formulae.traffic(parallel, gpus, gradients=800, parameters=1600, gathers=3)
+        return formulae.traffic(parallel, gpus, 800, 4800)
 
     assert sent(None, 1) == sent("ddp", 1) == sent("fsdp", 1) == (0, 0)
     assert sent("ddp", 2) == (800, 0) and sent("ddp", 8) == (1400, 0)
@@ -139,10 +139,15 @@ def test_a_plan_scales_with_the_batch_and_the_devices() -> None:
     weights = fsdp.memory["whole"][False]["parameters"]
     assert part(fsdp, "all-gather of weights").bytes == 3 * weights * 7 // 8
     sweeps = [part(made, "clip, Adam, averages").bytes for made in (ddp, fsdp)]
-    assert sweeps[1] == pytest.approx(sweeps[0] / 8, rel=1e-3)
+    # and the shards of the target's network are copied
+    assert sweeps[1] == pytest.approx(sweeps[0] / 8 * (48 + 8) / 48, rel=1e-3)
     for kind in ("parameters", "gradients", "moments", "averages"):
         whole, sharded = (fsdp.memory[state][False][kind] for state in ("whole", "sharded"))
-        assert 0 <= 8 * sharded - whole < 8
+        copied = 1.5 if kind == "averages" else 1.0
+        assert 8 * sharded == pytest.approx(copied * whole, rel=1e-4)
+    cut = planned(batch=128, gpus=8, parallel="fsdp", accumulate=2)
+    for name in ("reduce-scatter of gradients", "all-gather of weights"):
+        assert part(cut, name).bytes == pytest.approx(2 * part(fsdp, name).bytes, abs=8)
     assert fsdp.peak < ddp.peak
 
 
