@@ -29,10 +29,11 @@ from fastcm.networks import DiT
 ROUNDS = 15
 BLOCK_SECONDS = 0.3
 WARM_STEPS = 3
+SCALING_ROUNDS = 7
 SCALED: dict[str, Subject] = {
     **SUBJECTS,
     "DiT 256x4": Subject(
-        lambda: DiT(4, 32, width=256, depth=4, num_heads=4), LATENTS, 256, (32,), pixels=False
+        lambda: DiT(4, 32, width=256, depth=4, num_heads=4), LATENTS, 256, (8,), pixels=False
     ),
 }
 """Among them compute-bound ones, whose products take nearly all of a step."""
@@ -111,7 +112,7 @@ def scaled(rank: int, world: int, network: str) -> dict[str, Any]:
         timers["one"] = partial(_after_barrier, alone, steps)
     else:
         timers["one"] = _waiting
-    samples = interleaved(timers, ROUNDS)
+    samples = interleaved(timers, SCALING_ROUNDS)
     best = {name: 1e3 * min(times) for name, times in samples.items()}
     return {
         "parameters": sum(p.numel() for p in shared.net.parameters()),
