@@ -13,6 +13,8 @@ from fastcm.planning.counting import count
 from fastcm.planning.render import size
 from fastcm.precision import Precision
 
+_CLEARLY = 10_000
+"""Bytes that no network keeps for each byte of its weights and of its rows: not worth counting."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -80,7 +82,8 @@ def shortage(
         if any(type(p) not in (nn.Parameter, Tensor) for p in net.parameters()):
             return None
         free = free_memory(x0.device) if free is None else free
-        if free is None:
+        weights = sum(p.numel() * p.element_size() for p in net.parameters())
+        if free is None or _CLEARLY * (weights + x0.nbytes) < free:
             return None
         rows = len(x0) // accumulate
         counts = count(

@@ -101,7 +101,7 @@ def test_it_changes_no_bit_of_the_training(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_takes_less_than_a_second_of_the_default_unet() -> None:
     """On 28 x 28 images at the default batch: the step that surprises on a small host."""
     net, images = UNet(1), torch.zeros(256, 1, 28, 28, dtype=torch.uint8)
-    start = time.perf_counter()
+    start = time.process_time()  # others on the machine are not its fault
     line = shortage(net, ConsistencyTraining(), images, free=4 * 10**9)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert line is not None and re.search(r"needs [\d.]+ GB at least", line)
