@@ -130,21 +130,22 @@ def plan(
         device_type: "cuda" or "cpu", whose autocast differ.
 
     Raises:
-        ValueError: the batch cannot be cut; several devices without `parallel`.
-        Exception: whatever a network raises that does not run on meta tensors.
+        ValueError: the batch cannot be cut; several devices without `parallel`; a network that does
+            not run on meta tensors.
     """
     ceilings = ceilings or Ceilings()
     rows = _rows(batch, gpus, parallel, accumulate)
     x0, cond, paired = _micro_batch(objective, rows, shape, data_dtype, labels)
-    counts = count(
-        net,
-        objective,
-        x0,
-        cond,
-        paired=paired,
-        precision=precision,
-        device_type=device_type,
-    )
+    options: dict[str, Any] = {"precision": precision, "device_type": device_type}
+    try:
+        counts = count(net, objective, x0, cond, paired=paired, **options)
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(net).__name__} cannot be planned, since it does not run on meta tensors, which "
+            f"have shapes but no values: {error!s:.200}"
+        ) from error
     target = objective.target_average is not None
     kept, teacher = averages + target, getattr(objective, "teacher", None)
     trained = [p for p in net.parameters() if p.requires_grad]

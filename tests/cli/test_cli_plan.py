@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastcm import Sampler
 from fastcm.cli import plan as command
 from fastcm.cli.tables import METHODS
 
@@ -133,3 +135,23 @@ def _read(word: str) -> object:
         except ValueError:
             continue
     return word
+
+
+def test_training_takes_micro_batches(tmp_path: Path) -> None:
+    """What a shortage of memory suggests."""
+    ends = []
+    for parts in (1, 4):
+        out = tmp_path / str(parts)
+        options = {"data": "digits", "method": "flow", "steps": 3, "batch": 16, "width": 16}
+        given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        run = [sys.executable, "-m", "fastcm", "train", "--out", str(out), *given]
+        run += ["--compile", "off", "--accumulate", str(parts)]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert f"accumulate = {parts}\n" in (out / "run.toml").read_text()
+        ends.append(Sampler.from_run(out, steps=1)(4, seed=0))
+    assert torch.allclose(*ends, atol=1e-4)
+    wrong = subprocess.run(
+        [*run[:-1], "3", "--out", str(tmp_path / "x")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert wrong.returncode == 2 and "not a multiple of accumulate 3" in wrong.stderr

@@ -214,6 +214,18 @@ def test_what_cannot_be_planned_is_named(options: dict[str, Any], message: str) 
         planned(objective=fastcm.Shortcut(), batch=4)
 
 
+class Asks(nn.Module):
+    """Looks at a value."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        return x if bool(t.max() > 1.0) else 2.0 * x
+
+
+def test_a_network_that_needs_values_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"Asks cannot be planned, .* not run on meta tensors"):
+        planned(Asks())
+
+
 def test_measured_ceilings_complete_those_that_were_given() -> None:
     found = measure("cpu")
     assert found.tflops is not None and found.tflops > 0 and found.interconnect is None
