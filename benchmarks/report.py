@@ -192,6 +192,12 @@ def parallel_table(report: dict[str, Any]) -> str:
     return markdown("network | parameters | batch | alone | ddp | more", rows, note)
 
 
+def _notes(report: dict[str, Any]) -> str:
+    """What was noted of rows when they were measured."""
+    notes = sorted({row["note"] for row in report["rows"] if "note" in row})
+    return "".join(f" {note}" for note in notes)
+
+
 def scaling_table(report: dict[str, Any]) -> str:
     """A step in one process and in two."""
     rows = [
@@ -203,6 +209,7 @@ def scaling_table(report: dict[str, Any]) -> str:
     note = (
         "A step of CT on the same batch in one process and in two, of one thread each, on the two "
         f"cores of one machine, torch {report['machine']['torch']}; the weights agree to rounding."
+        + _notes(report)
     )
     columns = "network | parameters | batch | 1 process | 2 processes | times as fast"
     return markdown(columns, rows, note)
@@ -219,12 +226,11 @@ def plan_table(report: dict[str, Any]) -> str:
         f"| {100 * (row['predicted/measured bytes'] - 1):+.0f} %"
         for row in report["rows"]
     ]
-    notes = {row["note"] for row in report["rows"] if "note" in row}
     note = (
         "A step of CT as planned by ceilings that the same processes measured just before, and as "
         f"measured; one thread each, torch {report['machine']['torch']}. Errors of the step, of "
         "its sweep alone, and of the most memory of a process beside data and libraries."
-        + "".join(f" {note}" for note in sorted(notes))
+        + _notes(report)
     )
     columns = (
         "network | parameters | batch | processes | step, planned | measured | error "

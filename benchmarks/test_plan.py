@@ -98,6 +98,7 @@ def work(rank: int, world: int, name: str) -> dict[str, Any]:
     batch = subject.batches[0]
     parallel: Any = "ddp" if world > 1 else None
     quiet: dict[str, Any] = {"compile": False, "progress": False, "log": lambda line: None}
+    torch.manual_seed(0)
     small = MLP((4,), 8, 1)  # what a first step loads is nobody's prediction
     fastcm.Trainer(
         small,
