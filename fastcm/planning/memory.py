@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastcm.objectives.base import Objective
 from fastcm.planning.counting import count
@@ -90,7 +91,7 @@ def shortage(
             net,
             objective,
             x0[:rows],
-            None if cond is None else cond[:rows],
+            pytree.tree_map_only(Tensor, lambda part: part[:rows], cond),
             paired=paired,
             precision=precision,
             device_type=x0.device.type,

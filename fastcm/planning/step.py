@@ -147,52 +147,34 @@ def plan(
             f"have shapes but no values: {error!s:.200}"
         ) from error
     target = objective.target_average is not None
-    kept, teacher = averages + target, getattr(objective, "teacher", None)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    size = {
-        "parameters": _bytes([*net.parameters(), *net.buffers()]),
-        "gradients": _bytes(trained),
-        "moments": 8 * sum(p.numel() for p in trained),
-        "averages": 4 * kept * sum(p.numel() for p in trained),
-        "teacher": _bytes([*teacher.parameters()]) if isinstance(teacher, nn.Module) else 0,
-    }
-    element, data = (2 if precision == "bf16" else 4), data_dtype.itemsize
-    elements = math.prod(shape)
-    networks = [
-        _network_part(name, counts.work[key], accumulate, ceilings)
-        for key, name in _NETWORKS.items()
-        if counts.work.get(key)
-    ]
-    if checkpointing and counts.work.get("blocks"):
-        again = _network_part("blocks again", counts.work["blocks"], accumulate, ceilings)
-        networks.append(again)
-    passes = formulae.around_the_networks(objective)
-    around = passes and passes.bytes(data * (2 if paired else 1), element) * elements
-    numbers = sum(p.numel() for p in trained)
-    share = gpus if parallel == "fsdp" else 1
+    size, kept = _state(net, objective, averages + target), averages + target
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     swept = formulae.sweep(
-        math.ceil(numbers / share),
+        math.ceil(trained / (gpus if parallel == "fsdp" else 1)),
         kept,
         clipped=clipped,
         refreshed=int(target and parallel == "fsdp"),
     )
+    element, data = (2 if precision == "bf16" else 4), data_dtype.itemsize * (1 + paired)
+    elements, of_device = math.prod(shape), rows * accumulate
+    passes = formulae.around_the_networks(objective)
+    around = None if passes is None else passes.bytes(data, element) * elements * of_device
+    uploaded = (elements * data + 8 * labels) * of_device
     parts = [
-        *networks,
-        _moving("around the networks", around and around * rows * accumulate, ceilings.bandwidth),
+        *_networks(counts, checkpointing, accumulate, ceilings),
+        _moving("around the networks", around, ceilings.bandwidth),
         _moving("clip, Adam, averages", swept, ceilings.bandwidth),
         *_communication(parallel, gpus, size, counts, accumulate, ceilings),
-        _moving("data", (elements * data * (1 + paired) + 8 * labels) * rows * accumulate,
-                ceilings.upload),
-    ]  # fmt: skip
-    batch_bytes = formulae.samples_in_memory(
-        [(e.rows, e.differentiated) for e in counts.evaluations], elements, data, element
-    )
+        _moving("data", uploaded, ceilings.upload),
+    ]
+    evaluated = [(e.rows, e.differentiated) for e in counts.evaluations]
+    samples = formulae.samples_in_memory(evaluated, elements, data, element)
     return Plan(
         sum(p.numel() for p in net.parameters()),
-        numbers,
+        trained,
         rows,
         tuple(parts),
-        _memory(net, size, {"batch": batch_bytes}, counts, gpus, target),
+        _memory(net, size, {"batch": samples}, counts, gpus, target),
         counts,
         {
             "method": type(objective).__name__,
@@ -241,6 +223,30 @@ def _micro_batch(
 
 def _bytes(tensors: list[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _state(net: nn.Module, objective: Objective, averages: int) -> dict[str, int]:
+    """Bytes by kind of what a whole step leaves behind, and of the teacher."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    numbers, teacher = sum(p.numel() for p in trained), getattr(objective, "teacher", None)
+    return {
+        "parameters": _bytes([*net.parameters(), *net.buffers()]),
+        "gradients": _bytes(trained),
+        "moments": 2 * 4 * numbers,
+        "averages": 4 * averages * numbers,
+        "teacher": _bytes([*teacher.parameters()]) if isinstance(teacher, nn.Module) else 0,
+    }
+
+
+def _networks(
+    counts: Counts, checkpointing: bool, accumulate: int, ceilings: Ceilings
+) -> list[Part]:
+    names = {**_NETWORKS, "blocks": "blocks again"} if checkpointing else _NETWORKS
+    return [
+        _network_part(name, counts.work[key], accumulate, ceilings)
+        for key, name in names.items()
+        if counts.work.get(key)
+    ]
 
 
 def _network_part(name: str, work: Work, times: int, ceilings: Ceilings) -> Part:

@@ -35,6 +35,24 @@ def test_it_says_what_is_needed_and_which_micro_batch_fits() -> None:
     assert line is not None and "not even one row fits" in line
 
 
+class Described(nn.Module):
+    """Its condition is a dictionary of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        out: Tensor = self.fc(x) * cond["scale"][:, None]
+        return out
+
+
+def test_a_condition_may_be_nested() -> None:
+    cond = {"scale": torch.ones(64)}
+    line = shortage(Described(), FlowMatching(), ROWS, cond, accumulate=4, free=1)
+    assert line is not None and "16 rows" in line
+
+
 def test_memory_of_this_host_is_known() -> None:
     free = free_memory(torch.device("cpu"))
     assert free is not None and 2**20 < free < 2**50
