@@ -227,10 +227,10 @@ def plan_table(report: dict[str, Any]) -> str:
         for row in report["rows"]
     ]
     note = (
-        "A step of CT as planned by ceilings that the same processes measured just before, and as "
-        f"measured; one thread each, torch {report['machine']['torch']}. Errors of the step, of "
-        "its sweep alone, and of the most memory of a process beside data and libraries."
-        + _notes(report)
+        "A step of CT as planned by ceilings that the same processes measured between the steps, "
+        f"and as measured, the best round of each; one thread each, torch "
+        f"{report['machine']['torch']}. Errors of the step, of its sweep alone, and of the most "
+        "memory of a process beside data and libraries." + _notes(report)
     )
     columns = (
         "network | parameters | batch | processes | step, planned | measured | error "
