@@ -24,6 +24,7 @@ ORDER = (
     ("objectives",),
     ("runs",),
     ("data", "optim"),
+    ("planning",),
     ("sampling", "training"),
     ("evaluation",),
     ("hub",),

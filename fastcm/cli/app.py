@@ -18,6 +18,7 @@ from fastcm.cli import demo, plot
 from fastcm.cli.evaluate import evaluate
 from fastcm.cli.export import export
 from fastcm.cli.pairs import pairs
+from fastcm.cli.plan import plan
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
@@ -36,6 +37,7 @@ app.command()(sample)
 app.command()(pairs)
 app.command()(evaluate)
 app.command()(export)
+app.command(name="plan")(plan)
 app.add_typer(plot.app, name="plot")
 
 

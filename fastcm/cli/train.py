@@ -59,6 +59,9 @@ def train(
     width: Annotated[int | None, typer.Option(help="of the network; its default if absent")] = None,
     steps: Annotated[int, typer.Option(help="training steps in all")] = 1000,
     batch: Annotated[int, typer.Option(help="samples a step")] = 256,
+    accumulate: Annotated[
+        int, typer.Option(help="micro-batches that a batch is cut into, to save memory")
+    ] = 1,
     size: Annotated[int | None, typer.Option(help="resize and crop a folder's images")] = None,
     channels: Annotated[int | None, typer.Option(help="of a folder's images: 1, 3 or 4")] = None,
     held_out: Annotated[float, typer.Option(help="share of the data kept for evaluation")] = 0.2,
@@ -156,7 +159,15 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         recipe = Recipe(**{**options, "ema": tuple(given["ema"])})
         settings = dataclasses.asdict(recipe)
         every = given["sample_every"] if processes.first else 0
-        passed = ("save_every", "keep", "keep_every", "tensorboard", "log_every", "parallel")
+        passed = (
+            "save_every",
+            "keep",
+            "keep_every",
+            "tensorboard",
+            "log_every",
+            "parallel",
+            "accumulate",
+        )
         trainer = recipe.trainer(
             out,
             device=given["device"] or local_device(),
