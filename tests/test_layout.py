@@ -20,14 +20,18 @@ ORDER = (
     ("rng", "paths", "parameterization", "schedules", "losses", "ema"),
     ("ops",),
     ("jvp", "networks"),
-    ("adapters", "graphs", "precision", "progress"),
+    ("graphs", "precision", "progress"),
     ("objectives",),
     ("runs",),
     ("data", "optim"),
     ("planning",),
     ("sampling", "training"),
+<<<<<<< HEAD
     ("evaluation",),
     ("hub",),
+=======
+    ("adapters", "evaluation"),
+>>>>>>> d3be54e (Load models of diffusers with what their configs say, and save them with a scheduler)
     ("cli",),
     ("__main__",),
 )
