@@ -84,9 +84,9 @@ def told(t: Tensor, n: int = B) -> Tensor:
     return t.expand(n)
 
 
-def unet(**settings: Any) -> nn.Module:
+def unet(channels: int = 2, **settings: Any) -> nn.Module:
     return diffusers.UNet2DModel(
-        sample_size=8, in_channels=2, out_channels=2, block_out_channels=(8, 8),
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 8),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1, norm_num_groups=4, attention_head_dim=4, **settings,

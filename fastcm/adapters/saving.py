@@ -138,10 +138,10 @@ def _timesteps(network: DiffusersNetwork, sampler: Sampler) -> int:
     told = network.time_scale / network.call.unit
     linear = isinstance(sampler.parameterization.path, Linear)
     if abs(told - round(told)) > 1e-6 * told or round(told) < 1 or not (linear or round(told) == 1):
-        wanted = "a whole multiple of" if linear else ""
+        wanted = "a whole multiple of " if linear else ""
         raise ValueError(
             f"the network's time_scale is {network.time_scale:g}, and its pipelines give it "
-            f"{wanted} {network.call.unit:g} times the time: no scheduler can be configured to that"
+            f"{wanted}{network.call.unit:g} times the time: no scheduler can be configured to that"
         )
     return round(told)
 

@@ -189,14 +189,14 @@ def _flow_plan(name: str, times: Sequence[float], config: dict[str, Any]) -> Pla
         # the scheduler's own times, stretched to end at 1 / n
         terminal = {"shift_terminal": 1.0 / n} if n > 1 else {}
         return Plan(name, {**config, "shift": 1.0, **terminal}, {"num_inference_steps": n})
-    even = [1.0 - j / n for j in range(n)]  # what it shifts
+    even = [(n - j) / n for j in range(n)]  # what it shifts
     return Plan(name, {**config, "shift": shift}, {"sigmas": even})
 
 
 def _shift_of(times: Sequence[float]) -> float | None:
     """The shift of the times of a `ShiftedGrid`, 1 for a `UniformGrid`; None for others."""
     n = len(times)
-    even = [1.0 - j / n for j in range(1, n)]
+    even = [(n - j) / n for j in range(1, n)]
     shifts = [t * (1.0 - u) / (u * (1.0 - t)) for t, u in zip(times[1:], even)] or [1.0]
     same = max(shifts) - min(shifts) < 1e-6 * shifts[0]
     return shifts[0] if times[0] == 1.0 and same else None
@@ -235,6 +235,7 @@ def _ddpm(
         "beta_end": path.beta_end,
         "beta_schedule": "scaled_linear" if path.scaled else "linear",
         "prediction_type": NAMES[cast(Prediction, p.prediction)],
+        "steps_offset": 1,  # without effect here, but pipelines of Stable Diffusion insist
     }
     (start, *_) = levels(p, times)
     return Plan(name, {**schedule, **config}, call, start.sigma)
