@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
-DOCUMENTS += [f"docs/{name}.md" for name in ("architecture", "networks", "scale", "data")]
+PAGES = ("architecture", "networks", "scale", "data", "diffusers")
+DOCUMENTS += [f"docs/{name}.md" for name in PAGES]
 FILE = re.compile(r"`((?:fastcm|kernels|tests|benchmarks|docs|examples)/[\w./*]*)`")
 
 

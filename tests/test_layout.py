@@ -26,12 +26,8 @@ ORDER = (
     ("data", "optim"),
     ("planning",),
     ("sampling", "training"),
-<<<<<<< HEAD
-    ("evaluation",),
-    ("hub",),
-=======
     ("adapters", "evaluation"),
->>>>>>> d3be54e (Load models of diffusers with what their configs say, and save them with a scheduler)
+    ("hub",),
     ("cli",),
     ("__main__",),
 )

@@ -21,6 +21,9 @@ from fastcm.parameterization import Parameterization, Prediction
 from fastcm.paths import Linear
 from fastcm.schedules import ShiftedGrid, resolution_mu
 
+OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""What became of a Transformer2DModel, by its norm_type; checkpoints still name that."""
+
 Config = Mapping[str, Any]
 INDEX, MODEL, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 
@@ -202,7 +205,7 @@ def component_of(index: Config, component: str | None) -> str:
     found = [
         name
         for name, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[1] in FAMILIES
+        if isinstance(entry, list) and entry[-1] in (*FAMILIES, "Transformer2DModel")
     ]
     if component is None and len(found) == 1:
         return found[0]
@@ -229,6 +232,8 @@ def class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
         )
     config = read_json(folder / MODEL)
     name = config.get("_class_name")
+    if name == "Transformer2DModel":
+        name = OLDER.get(str(config.get("norm_type")), name)
     if name not in FAMILIES:
         raise ValueError(
             f"{folder / MODEL} is of {name!r}, which is not one of the families that are known "

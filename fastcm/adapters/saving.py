@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def save(
         )
     diffusers = library()
     plan = plan_of(sampler, timesteps=_timesteps(network, sampler), name=scheduler)
+    _check_call(diffusers, str(index.get("_class_name")), plan)
     partial = out.with_name(f".{out.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     others = shutil.ignore_patterns(component, "scheduler", INDEX, NOTE)
@@ -144,6 +146,18 @@ def _timesteps(network: DiffusersNetwork, sampler: Sampler) -> int:
             f"{wanted}{network.call.unit:g} times the time: no scheduler can be configured to that"
         )
     return round(told)
+
+
+def _check_call(diffusers: Any, name: str, plan: Plan) -> None:
+    """Raise ValueError if the pipeline has no argument for the times, as far as that is seen."""
+    call = getattr(getattr(diffusers, name, None), "__call__", None)  # noqa: B004
+    takes = inspect.signature(call).parameters if inspect.isfunction(call) else plan.call
+    missing = [argument for argument in plan.call if argument not in takes]
+    if missing:
+        raise ValueError(
+            f"{name} takes no {missing[0]}, only a number of steps, for which {plan.name} has "
+            "other times: give steps=, with the UniformGrid"
+        )
 
 
 def _note(sampler: Sampler, plan: Plan) -> dict[str, Any]:

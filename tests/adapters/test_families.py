@@ -109,12 +109,102 @@ def test_a_model_is_trained_distilled_with_guidance_and_sampled(name: str, tmp_p
     assert samples.shape == (B, *tiny.shape) and samples.isfinite().all() and samples.std() > 0.1
 
 
+@pytest.mark.parametrize("name", ["flux", "sana-guided"])
+def test_a_teacher_that_embeds_the_weight_is_distilled_over_a_range(name: str):
+    """What is drawn takes the place of a weight in the data."""
+    tiny = MODELS[name]
+    loaded = load(tiny.model(), scheduler=tiny.scheduler())
+    told: list[torch.Tensor] = []
+    loaded.network.model.register_forward_pre_hook(
+        lambda model, args, inputs: told.append(inputs["guidance"]), with_kwargs=True
+    )
+    student = copy.deepcopy(loaded.network)
+    objective = fastcm.ConsistencyDistillation(
+        loaded.network, guidance=(1.0, 5.0), embedded_guidance=True
+    )
+    step(student, objective, tiny)
+    teachers, *students = told
+    scale = getattr(loaded.network.model.config, "guidance_embeds_scale", 1.0)
+    assert all(torch.equal(teachers, w) for w in students) and teachers.std() > 0
+    assert (scale <= teachers).all() and (teachers <= 5.0 * scale).all()
+
+
+def test_a_student_that_embeds_the_weight_is_made_of_a_teacher_with_guidance():
+    """As LCM: the same U-Net, and a projection of the weight that starts at zero."""
+    tiny, settings = MODELS["sd"], {"time_cond_proj_dim": 16}
+    teacher = load(tiny.model(), scheduler=tiny.scheduler())
+    student = DiffusersNetwork(prompted_unet(**settings))
+    found = student.model.load_state_dict(teacher.network.model.state_dict(), strict=False)
+    assert found.missing_keys == ["time_embedding.cond_proj.weight"] and not found.unexpected_keys
+    student.model.time_embedding.cond_proj.weight.data.zero_()
+    x, t, cond = torch.randn(B, *tiny.shape), torch.full((B,), 500.0), tiny.cond(B)
+    weighted = fastcm.sampling.append_weight(cond, 3.0)
+    torch.testing.assert_close(student(x, t, weighted), teacher.network(x, t, cond))
+    objective = fastcm.ConsistencyDistillation(
+        teacher.network, teacher.parameterization, guidance=(2.0, 8.0), null_condition=tiny.null,
+        solver="ddim", discretization=1000, skip=20,
+    )  # fmt: skip
+    step(student, objective, tiny)
+    assert student.model.time_embedding.cond_proj.weight.any()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "wan"])
+def test_weights_in_half_precision_are_sampled_and_distilled(name: str):
+    tiny = MODELS[name]
+    model, scheduler = tiny.model(), tiny.scheduler()
+    full, half = (load(m, scheduler=scheduler) for m in (model, copy.deepcopy(model).bfloat16()))
+    p = full.parameterization
+    drawn = [
+        fastcm.Sampler(m.network, p, steps=2, shape=tiny.shape)(B, cond=tiny.cond(B))
+        for m in (full, half)
+    ]
+    assert 0 < (drawn[1] - drawn[0]).std() < 0.05 * drawn[0].std()
+    objective = fastcm.ConsistencyDistillation(
+        half.network, p, guidance=2.0, null_condition=tiny.null,
+        solver="euler" if name != "sd" else "ddim",
+    )  # fmt: skip
+    step(copy.deepcopy(full.network).requires_grad_(True), objective, tiny)
+
+
+def test_a_network_is_compiled_in_one_piece():
+    tiny = MODELS["flux"]
+    net = load(tiny.model(), scheduler=tiny.scheduler()).network
+    inputs = torch.randn(B, *tiny.shape), torch.full((B,), 0.5), tiny.cond(B)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), net(*inputs))
+
+
 def test_a_consistency_model_is_read_too():
     scheduler = diffusers.CMStochasticIterativeScheduler(sigma_max=40.0)
     loaded = load(unet(), scheduler=scheduler)
     path = fastcm.VarianceExploding(0.002, 40.0, 0.5)
     assert loaded.parameterization == fastcm.Parameterization(path, "cm")
     assert loaded.network.time_scale == 1.0  # 250 ln sigma, of the path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "dit"])
+def test_checkpoints_of_the_older_class_are_those_of_its_heirs(name: str, tmp_path: Path):
+    """Transformer2DModel, as the released PixArt-alpha and DiT are saved."""
+    tiny = MODELS[name]
+    torch.manual_seed(0)
+    older = diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, patch_size=2, norm_elementwise_affine=False, attention_bias=True,
+        activation_fn="gelu-approximate", num_embeds_ada_norm=10,
+        **({"norm_type": "ada_norm_zero"} if name == "dit" else
+           {"norm_type": "ada_norm_single", "caption_channels": 12, "cross_attention_dim": 24}),
+    ).eval()  # fmt: skip
+    older.save_pretrained(tmp_path / "transformer")
+    tiny.scheduler().save_pretrained(tmp_path / "scheduler")
+    parts = {"transformer": ["diffusers", "Transformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(parts))
+    loaded = load(tmp_path)
+    assert loaded.network.name == type(tiny.model()).__name__
+    x, cond = torch.randn(B, *tiny.shape), tiny.cond(B)
+    F = loaded.network(x, torch.full((B,), 41.0), cond)
+    wanted = older(x, timestep=torch.full((B,), 41), return_dict=False, **cond)[0][:, :4]
+    torch.testing.assert_close(F, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_and_a_scheduler_come_in_any_form(tmp_path: Path):

@@ -324,5 +324,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     )
     vp = DiffusersNetwork(tiny.model(), time_scale=1000.0)
     refused(ValueError, "time_scale is 1000, and its pipelines give it 1 times", vp, path=P(VP))
+    index = json.loads((like / "model_index.json").read_text())
+    (like / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}))
+    refused(ValueError, "DiTPipeline takes no sigmas", loaded.network, path=p, times=[1.0, 0.3])
     saved = save(sampler, out, like=like)
     assert saved.path == out and load(out).parameterization == p
