@@ -135,7 +135,9 @@ def load(
             )
         parameterization = parameterization_of(config, prediction)
     network = DiffusersNetwork(model)
-    network.time_scale = _time_scale(network, parameterization, config, time_scale)
+    network.time_scale = (
+        time_scale_of(network, parameterization, config) if time_scale is None else time_scale
+    )
     call = network.call
     if shape is None and call.size is not None and call.channels is not None:
         shape = (call.channels, *call.size)
@@ -150,11 +152,12 @@ def load(
     return DiffusersModel(network, parameterization, size, null, config)
 
 
-def _time_scale(
-    network: DiffusersNetwork, p: Parameterization, config: Config, given: float | None
-) -> float:
-    if given is not None:
-        return given
+def time_scale_of(network: DiffusersNetwork, p: Parameterization, config: Config) -> float:
+    """Timestep of the model / network time, by its scheduler's config.
+
+    Raises:
+        ValueError: a flow whose config does not say it.
+    """
     if not isinstance(p.path, Linear):
         return network.call.unit
     timesteps = config.get("num_train_timesteps")

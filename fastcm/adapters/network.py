@@ -64,8 +64,9 @@ class DiffusersNetwork(nn.Module):
         self.model = model
         self.time_scale = time_scale
         self.name = type(model).__name__
-        if self.name in FAMILIES:
-            self.call = call_of(self.name, model.config)  # type: ignore[arg-type]
+        config = getattr(model, "config", None)
+        if self.name in FAMILIES and isinstance(config, Mapping):
+            self.call = call_of(self.name, config)
             found = self.call.needed[:1] if len(self.call.needed) == 1 else []
         else:
             self.call = _by_signature(list(takes))

@@ -11,9 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from fastcm.adapters.loading import INDEX, class_of, component_of, library, read_json
+from fastcm.adapters.loading import (
+    INDEX,
+    SCHEDULER,
+    class_of,
+    component_of,
+    library,
+    read_json,
+    scheduler_config,
+    time_scale_of,
+)
 from fastcm.adapters.network import DiffusersNetwork
-from fastcm.adapters.schedulers import Plan, plan_of
+from fastcm.adapters.schedulers import Plan, is_flow, plan_of
 from fastcm.paths import Linear
 from fastcm.runs import checkpoint
 from fastcm.sampling import Sampler
@@ -54,7 +63,7 @@ def save(
 ) -> Saved:
     """Write a folder that `DiffusionPipeline.from_pretrained` loads.
 
-    It is `like` with the network's weights and config (float32 as they are held, in safetensors)
+    It is `like` with the network's config and weights, in safetensors and the dtype that they have,
     and another scheduler; the rest is copied. The scheduler is configured such that the pipeline's
     samples are those of a `Sampler` with the same settings, for the same noise.
 
@@ -91,6 +100,7 @@ def save(
         )
     diffusers = library()
     plan = plan_of(sampler, timesteps=_timesteps(network, sampler), name=scheduler)
+    made = _scheduler(diffusers, plan)
     _check_call(diffusers, str(index.get("_class_name")), plan)
     partial = out.with_name(f".{out.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
@@ -100,7 +110,7 @@ def save(
         like, partial, ignore=lambda at, names: others(at, names) if Path(at) == like else set()
     )
     network.model.save_pretrained(partial / component, safe_serialization=True)  # type: ignore[operator]
-    getattr(diffusers, plan.name)(**plan.config).save_pretrained(partial / "scheduler")
+    made.save_pretrained(partial / "scheduler")
     index[component] = ["diffusers", network.name]
     index["scheduler"] = ["diffusers", plan.name]
     _write(partial / INDEX, index)
@@ -129,10 +139,32 @@ def _sampler(
         net = DiffusersNetwork(kind.from_config(config))
         sampler = Sampler.from_run(source, ema=ema, net=net, **sampling)
         # of the run's path, and so known only now
-        linear = isinstance(sampler.parameterization.path, Linear)
-        net.time_scale = round((1000.0 if linear else 1.0) * net.call.unit, 9)
+        net.time_scale = _taught_scale(net, sampler, like.parent / "scheduler")
         return sampler
     return Sampler.from_run(source, ema=ema, net=net, **sampling)
+
+
+def _taught_scale(network: DiffusersNetwork, sampler: Sampler, scheduler: Path) -> float:
+    """The time_scale of a student of the pipeline's network, on the same kind of path."""
+    p = sampler.parameterization
+    config = scheduler_config(scheduler) if (scheduler / SCHEDULER).is_file() else {}
+    if isinstance(p.path, Linear) != is_flow(config):
+        raise ValueError(
+            f"the run is on {type(p.path).__name__}, and the scheduler of like, "
+            f"{config.get('_class_name')}, is not: give net=, with the time_scale of the run's"
+        )
+    return time_scale_of(network, p, config)
+
+
+def _scheduler(diffusers: Any, plan: Plan) -> Any:
+    kind = getattr(diffusers, plan.name, None)
+    takes = {} if kind is None else inspect.signature(kind.__init__).parameters
+    unknown = [key for key in plan.config if key not in takes]
+    if kind is None or unknown:
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no {plan.name} that takes {unknown}: update it"
+        )
+    return kind(**plan.config)
 
 
 def _timesteps(network: DiffusersNetwork, sampler: Sampler) -> int:

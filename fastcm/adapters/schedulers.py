@@ -53,7 +53,7 @@ def parameterization_of(config: Config, prediction: Prediction | None = None) ->
     if name == CONSISTENCY:
         low, high, data = _read(config, "sigma_min", "sigma_max", "sigma_data")
         return _agreed(Parameterization(VarianceExploding(low, high, data), "cm"), prediction)
-    if name in FLOWS or (name in EITHER and config.get("use_flow_sigmas")):
+    if is_flow(config):
         if config.get("invert_sigmas"):
             raise _other_path("invert_sigmas", True)
         if name not in FLOWS:
@@ -85,6 +85,12 @@ def parameterization_of(config: Config, prediction: Prediction | None = None) ->
     path = VariancePreserving(n, start, end, scaled=kind == "scaled_linear")
     told = prediction if found is None else PREDICTIONS[found]
     return _agreed(Parameterization(path, told), prediction)
+
+
+def is_flow(config: Config) -> bool:
+    """Whether a scheduler is of a flow, with sigma in [0, 1]."""
+    name = config.get("_class_name")
+    return name in FLOWS or (name in EITHER and bool(config.get("use_flow_sigmas")))
 
 
 def _read(config: Config, *keys: str) -> tuple[Any, ...]:

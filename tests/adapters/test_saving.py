@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,6 +218,7 @@ def test_a_class_pipeline_samples_what_we_do(steps: int, tmp_path: Path, our_noi
 
 TEXT_PIPELINES: dict[str, dict[str, Any]] = {  # what each is called with besides
     "sd": {"guidance_scale": 1.0},
+    "sdxl": {"guidance_scale": 1.0},
     "lcm": {"guidance_scale": 2.5},
     "pixart": {"guidance_scale": 1.0, "use_resolution_binning": False, "negative_prompt": None},
     "sd3": {"guidance_scale": 1.0},
@@ -261,6 +263,8 @@ def test_a_text_pipeline_samples_what_we_do(name: str, tmp_path: Path, our_noise
         if ours in cond:
             assert theirs in takes
             call[theirs] = cond[ours]
+    if name == "sdxl":  # which makes time_ids of the size
+        call["pooled_prompt_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
     pipeline.vae_scale_factor = 8
     our_noise(pipeline.scheduler, lambda shape, j: packed(noise((B, *tiny.shape), j)))
     got = pipeline(
@@ -294,6 +298,50 @@ def test_an_embedding_student_is_saved_with_its_own_config(tmp_path: Path):
     assert loaded.network.model.config.guidance_embeds and "guidance" in loaded.network.call.keys
     for (name, p), q in zip(student.state_dict().items(), loaded.network.state_dict().values()):
         assert name and (p - q).abs().max() < 1e-2  # the average is near
+
+
+def trained(net: torch.nn.Module, p: Any, tiny: Any, run: Path) -> Path:
+    fastcm.Trainer(
+        net, fastcm.FlowMatching(p), batch_size=2, directory=run, compile=False, progress=False,
+        data=fastcm.Dataset(torch.randn(4, *tiny.shape), cond=tiny.cond(4)),
+        log=lambda line: None,
+    ).fit(1)  # fmt: skip
+    return run
+
+
+def test_a_run_is_told_the_time_as_its_teacher(tmp_path: Path):
+    """Of a schedule of another length; on another path that is asked for."""
+    tiny = MODELS["sd3"]
+    like = tiny.write(tmp_path / "teacher")
+    ddpm(EULER, num_train_timesteps=250)().save_pretrained(like / "scheduler")
+    loaded = load(like)
+    run = trained(loaded.network, loaded.parameterization, tiny, tmp_path / "run")
+    save(run, tmp_path / "student", like=like, steps=2)
+    saved = load(tmp_path / "student")
+    assert saved.network.time_scale == 250.0 == loaded.network.time_scale
+
+    other = DiffusersNetwork(tiny.model())
+    run = trained(other, P(VP, "eps"), tiny, tmp_path / "other-run")
+    with pytest.raises(
+        ValueError, match=r"run is on VariancePreserving, and the scheduler.*give net"
+    ):
+        save(run, tmp_path / "other", like=like, steps=2)
+    made = save(run, tmp_path / "other", like=like, steps=2, net=DiffusersNetwork(tiny.model()))
+    assert made.scheduler == LCM
+
+
+def test_a_diffusers_that_is_too_old_is_named(tmp_path: Path, monkeypatch):
+    class Older:
+        def __init__(self, num_train_timesteps: int, shift: float) -> None: ...
+
+    tiny = MODELS["sd3"]
+    loaded, like = load(tiny.model(), scheduler=tiny.scheduler()), tiny.write(tmp_path / "teacher")
+    diffusers_then = SimpleNamespace(__version__="0.30.0", **{EULER: Older})
+    monkeypatch.setattr("fastcm.adapters.saving.library", lambda: diffusers_then)
+    options = {"like": like, "path": loaded.parameterization, "steps": 2}
+    for name, said in ((EULER, "takes .*'stochastic_sampling'"), (FLOW_LCM, "takes .*'shift'")):
+        with pytest.raises(ValueError, match=rf"diffusers 0\.30\.0 has no {name} that {said}"):
+            save(loaded.network, tmp_path / "student", scheduler=name, **options)
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Path):
