@@ -77,6 +77,8 @@ def parameterization_of(config: Config, prediction: Prediction | None = None) ->
     for key in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(key):
             raise _other_path(key, "set" if key == "trained_betas" else True)
+    if config.get("timestep_type") == "continuous":  # of sigma, as in video diffusion
+        raise _other_path("timestep_type", "continuous")
     n, start, end, kind = _read(
         config, "num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
     )

@@ -242,6 +242,7 @@ def test_what_a_config_does_not_say_is_asked_for_by_name(tmp_path: Path):
     refused("scheduler None is not known here", drop="_class_name")
     refused("prediction_type is 'flow' instead of one of", prediction_type="flow")
     refused("beta_schedule is 'squaredcos_cap_v2'", beta_schedule="squaredcos_cap_v2")
+    refused("timestep_type is 'continuous'", timestep_type="continuous")
     refused("trained_betas is 'set'", trained_betas=[0.1, 0.2])
     refused("rescale_betas_zero_snr is True", rescale_betas_zero_snr=True)
     refused(
