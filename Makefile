@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention gpu-missing quality lint clean
+.PHONY: demo test docs bench floor gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention gpu-missing quality lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
@@ -41,6 +41,10 @@ quality: .venv/test
 	PYTHONPATH=. $(BIN)/python -m benchmarks.quality
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
+# The site, into build/site; links that lead nowhere and pages outside the navigation are errors.
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build --strict
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +55,10 @@ lint: .venv/test
 
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e '.[docs]'
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
