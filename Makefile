@@ -12,6 +12,10 @@ SEED := 0
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --seed ,$(SEED))
 
+# The same on the oldest torch and triton that are supported, in an environment of its own.
+floor: .venv-floor/test
+	.venv-floor/bin/python -m pytest -n auto --dist loadfile $(addprefix --seed ,$(SEED)) $(TESTS)
+
 # From source, with the torch and triton that $(PYTHON) has. Each part takes at most eight minutes,
 # goes on where it was stopped, and none keeps the next from running. Results go to $$OUT if set,
 # else benchmarks/results/, row by row; gpu-missing says what is not there yet.
@@ -35,6 +39,10 @@ gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention: gpu-%:
 
 gpu-missing:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.missing
+
+# Of this machine: `make bench PARTS="ops step" QUICK=1` takes a look, of which nothing is kept.
+bench: .venv/test
+	PYTHONPATH=. $(BIN)/python -m benchmarks $(PARTS) $(if $(QUICK),--quick)
 
 # Every method on digits, three seeds: about 15 minutes.
 quality: .venv/test
@@ -65,5 +73,10 @@ lint: .venv/test
 	$(INSTALL) -c constraints.txt -e '.[demo,test]'
 	touch $@
 
+.venv-floor/test: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e '.[demo,test]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-floor build dist *.egg-info

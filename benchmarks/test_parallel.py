@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import fastcm
-from benchmarks.harness import Report, interleaved, median_ratio
+from benchmarks.harness import Report, interleaved, ratios
 from benchmarks.step_cases import DEVICE, SUBJECTS, Subject
 
 ROUNDS = 15
@@ -74,7 +74,7 @@ def test_parallel(network: str, report: Report, group_of_one: None) -> None:
         "parameters": sum(p.numel() for p in alone.net.parameters()),
         "batch": batch,
         "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
-        "ddp/alone": median_ratio(samples, "ddp", "alone"),
+        **ratios(samples, ("ddp", "alone")),
     }
     print(row)
     report.add(row)

@@ -1,4 +1,4 @@
-"""The documents name what there is, their code runs, their commands are taken, their site builds."""
+"""The documents name what there is, their code and commands work, their site builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import fastcm
 
 FILE = re.compile(r"`((?:fastcm|kernels|tests|benchmarks|docs|examples)/[\w./*]*)`")
 NAMES_FILES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/scale.md"]
-ALONE = ("README.md", "docs/tutorials/")
+ALONE = ("README.md", "docs/tutorials/", "docs/export.md")
 """Pages of whose code more is asked below, and in tests/test_readme.py."""
 WITH_CODE = [page for page in PAGES if blocks(page) and not page.startswith(ALONE)]
 
@@ -139,8 +139,10 @@ def test_the_targets_of_make_that_it_names_are_there(page: str) -> None:
 
 # --- the reference
 
-WINGS = ("adapters.diffusers", "data", "evaluation", "jvp", "networks", "objectives", "ops", "optim",
-         "runs", "sampling", "training")  # fmt: skip
+WINGS = (
+    *("adapters.diffusers", "data", "evaluation", "jvp", "networks", "objectives", "ops", "optim"),
+    *("runs", "sampling", "training"),
+)
 PAGES_OF_API = [page for page in PAGES if page.startswith("docs/api/")]
 
 
@@ -281,7 +283,7 @@ def test_the_site_builds_without_warnings_and_asks_no_other_server(tmp_path: Pat
     )
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 20
-    asset = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(https?:)?//")
+    asset = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//")
     for page in pages:
         html = page.read_text()
         assert not asset.search(html), page

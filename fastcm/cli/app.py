@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastcm import __version__
 from fastcm.cli import demo, plot
+from fastcm.cli.bench import bench
 from fastcm.cli.evaluate import evaluate
 from fastcm.cli.pairs import pairs
 from fastcm.cli.sample import sample
@@ -34,6 +35,7 @@ app.command()(train)
 app.command()(sample)
 app.command()(pairs)
 app.command()(evaluate)
+app.command()(bench)
 app.add_typer(plot.app, name="plot")
 
 
