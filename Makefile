@@ -10,11 +10,11 @@ demo: .venv/demo
 # The same random inputs each time; SEED= draws fresh ones, as pytest alone does.
 SEED := 0
 test: .venv/test
-	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --seed ,$(SEED))
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(addprefix --seed ,$(SEED))
 
 # The same on the oldest torch and triton that are supported, in an environment of its own.
 floor: .venv-floor/test
-	.venv-floor/bin/python -m pytest -n auto --dist loadfile $(addprefix --seed ,$(SEED)) $(TESTS)
+	.venv-floor/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(addprefix --seed ,$(SEED)) $(TESTS)
 
 # From source, with the torch and triton that $(PYTHON) has. Each part takes at most eight minutes,
 # goes on where it was stopped, and none keeps the next from running. Results go to $$OUT if set,

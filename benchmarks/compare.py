@@ -91,9 +91,10 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Of the machines, as far as a baseline may depend on them."""
     a, b = before.get("machine", {}), after.get("machine", {})
     found = [f"{k}: {a.get(k)} and {b.get(k)}" for k in SAME if a.get(k) != b.get(k)]
-    return found + [
-        f"the {w} was not committed" for w, m in (("first", a), ("second", b)) if m.get("dirty")
-    ]
+    for which, machine in (("first", a), ("second", b)):
+        if machine.get("dirty"):
+            found.append(f"the {which} was measured on sources that were not committed")
+    return found
 
 
 def status(found: Sequence[Change]) -> int:

@@ -3,8 +3,9 @@
 A case is refused, not timed, if one of its columns is not as close to the float64 reference as
 plain torch in the same dtype (twice its error, plus what the noise contract allows). Times are
 medians over rounds in which every column runs once; ratios are medians of the rounds' own ratios,
-so that a drifting clock does not count, and come with their spread over the rounds. On a GPU a column is a captured CUDA graph of several
-calls, timed by events, next to a copy of as many bytes as the case must move.
+so that a drifting clock does not count, and come with their spread over the rounds. On a GPU a
+column is a captured CUDA graph of several calls, timed by events, next to a copy of as many bytes
+as the case must move.
 """
 
 from __future__ import annotations
