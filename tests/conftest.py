@@ -52,7 +52,7 @@ LONGEST = (
     *("training/test_parallel.py", "ops/test_codegen.py", "cli/test_cli.py", "cli/test_matrix.py"),
     *("optim/test_optim.py", "test_readme.py", "test_docs.py", "ops/test_native_memory.py"),
 )
-"""Files that take long. They start first, lest one process ends with them alone: ``--dist loadfile``
+"""Files that take long. They start first, lest one process ends with them: ``--dist loadfile``
 with ``--no-loadscope-reorder`` begins files in the order of collection."""
 
 
