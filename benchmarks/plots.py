@@ -66,17 +66,23 @@ def bars(
                 f"<title>{value:.3g}</title></rect>"
             )
     for tick in ticks(10**low, 10**high):
+        parts.append(upright(at(tick), top, bottom, 0.3))
         parts.append(
-            f'<line x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{top}" y2="{bottom}" '
-            f'stroke="#888" stroke-width="{1.2 if tick == line else 0.3}"/>'
             f'<text x="{at(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>'
         )
+    if line is not None:
+        parts.append(upright(at(line), top, bottom, 1.2))
     parts.append(f'<text x="{LEFT}" y="{bottom + 30}">{escape(unit)}</text></svg>')
     return "\n".join(parts) + "\n"
 
 
+def upright(x: float, top: float, bottom: float, width: float) -> str:
+    place = f'x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"'
+    return f'<line {place} stroke="#888" stroke-width="{width}"/>'
+
+
 def ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every power of ten in between; all powers of two where that is little."""
+    """1, 2 and 5 of every power of ten in between; tenths where that is little."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [float(f"{m}e{e}") for e in exponents for m in (1, 2, 5)]
     inside = [t for t in found if low <= t <= high]

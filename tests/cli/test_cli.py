@@ -42,6 +42,7 @@ def fastcm_(*arguments: object, fails: bool = False) -> str:
     out, error = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fastcm", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
         with redirect_stdout(out), redirect_stderr(error), pytest.raises(SystemExit) as stop:
             cli.main()
     said, complained = (" ".join(stream.getvalue().split()) for stream in (out, error))
@@ -288,11 +289,11 @@ def test_the_demo_distils_to_one_step(tmp_path: Path) -> None:
 
 
 def test_info_names_versions() -> None:
-    out = process("info")
+    out = fastcm_("info")
     assert fastcm.__version__ in out and torch.__version__ in out
 
 
 def test_help_describes_every_option() -> None:
-    out = process("train", "--help")
+    out = fastcm_("train", "--help")
     for field in recipes.Recipe.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in out
