@@ -37,7 +37,7 @@ class Part:
 
 PARTS = {
     "ops": Part("test_ops.py", "cifar and fp32"),
-    "optim": Part("test_optim.py", "not UNet"),
+    "optim": Part("test_optim.py", "10 or drift"),
     "step": Part("test_step.py", "MLP and fp32"),
     "sampling": Part("test_sampling.py", "MLP and not 512"),
     "jvp": Part("test_jvp.py", "MLP and not instant"),
