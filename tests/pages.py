@@ -32,8 +32,8 @@ def block(page: str, *parts: str) -> str:
 
 
 def shortened(code: str) -> str:
-    """The same code, trained for three steps wherever it trains for hundreds."""
-    return re.sub(r"\.fit\(\d{3,}\)", ".fit(3)", code)
+    """The same code, trained for three steps wherever it trains for tens or more."""
+    return re.sub(r"\.fit\(\d{2,}\)", ".fit(3)", code)
 
 
 def commands(page: str) -> list[str]:

@@ -19,7 +19,13 @@ from pages import PAGES, ROOT, blocks, commands, shortened, text
 import fastcm
 
 FILE = re.compile(r"`((?:fastcm|kernels|tests|benchmarks|docs|examples)/[\w./*]*)`")
-NAMES_FILES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/scale.md"]
+NAMES_FILES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/networks.md",
+    "docs/scale.md",
+]
 ALONE = ("README.md", "docs/tutorials/", "docs/export.md")
 """Pages of whose code more is asked below, and in tests/test_readme.py."""
 WITH_CODE = [page for page in PAGES if blocks(page) and not page.startswith(ALONE)]
@@ -53,6 +59,8 @@ def test_the_code_of_a_page_runs_in_its_order(
     if page == "docs/service.md":
         alone = scope["sampler"](4, seed=5)
         torch.testing.assert_close(scope["answers"][5], alone, rtol=1e-5, atol=1e-5)
+    if page == "docs/networks.md":
+        assert scope["x"].shape == (16, 2) and scope["x"].isfinite().all()
     if page == "docs/guidance.md":
         assert all(scope[name].isfinite().all() for name in "xyzu")
 

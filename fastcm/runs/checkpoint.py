@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm.runs.files import (
     WRITING,
@@ -274,6 +274,26 @@ def check_tensors(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, T
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{what} does not fit: " + ", ".join(problems[:5]) + more)
+
+
+_COMPILED = "_orig_mod."
+
+
+def plain(net: nn.Module) -> nn.Module:
+    """The network itself of one that torch.compile made."""
+    inner: nn.Module = getattr(net, "_orig_mod", net)
+    return inner
+
+
+def weights_of(net: nn.Module) -> dict[str, Tensor]:
+    """The state of a network, by names that do not tell whether it or parts of it are compiled."""
+    return {name.replace(_COMPILED, ""): tensor for name, tensor in net.state_dict().items()}
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The inverse of `weights_of`."""
+    names = {name.replace(_COMPILED, ""): name for name in net.state_dict()}
+    net.load_state_dict({names.get(name, name): tensor for name, tensor in weights.items()})
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -35,7 +35,7 @@ def contents(
         {**group, "lr": lr} for group, lr in zip(rest["param_groups"], state.base_lr)
     ]
     groups = {
-        **{name: network.state_dict() for name, network in state.networks.items()},
+        **{name: checkpoint.weights_of(network) for name, network in state.networks.items()},
         "optimizer": optimizer,
         "random": _random(state.device),
         "counters": {"counts": state.update.counts},
@@ -67,7 +67,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{run} was trained under another configuration: " + "; ".join(changed))
     groups, name = found.groups, found.path.name
     fixed = {
-        **{group: network.state_dict() for group, network in state.networks.items()},
+        **{group: checkpoint.weights_of(network) for group, network in state.networks.items()},
         "counters": {"counts": state.update.counts},
     }
     _check_names(name, groups, {*fixed, "optimizer", "random"})
@@ -88,7 +88,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{found.path}: optimizer state does not fit: {error}") from error
     for group, network in state.networks.items():
-        network.load_state_dict(groups[group])
+        checkpoint.load_weights(network, groups[group])
     state.update.counts.copy_(groups["counters"]["counts"])
     torch.set_rng_state(groups["random"]["cpu"])
     if state.device.type == "cuda" and "cuda" in groups["random"]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastcm.data import Source
 from fastcm.objectives.base import Objective
+from fastcm.runs.checkpoint import plain
 from fastcm.runs.description import describe
 from fastcm.training.lr import Schedule
 from fastcm.training.settings import Settings
@@ -22,7 +23,7 @@ def configuration(
     net, gradients = state.net, state.gradients
     return {
         "objective": describe(gradients.objective),
-        "network": getattr(net, "description", None) or type(net).__name__,
+        "network": getattr(net, "description", None) or type(plain(net)).__name__,
         "averages": describe(state.update.averages),
         "optimizer": type(state.optimizer).__name__,
         "param_groups": [
