@@ -49,8 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    *("training/test_parallel.py", "ops/test_codegen.py", "cli/test_cli.py", "cli/test_matrix.py"),
-    *("optim/test_optim.py", "test_readme.py", "test_docs.py", "ops/test_native_memory.py"),
+    *("training/test_parallel.py", "sampling/test_export.py", "ops/test_codegen.py"),
+    *("cli/test_cli.py", "cli/test_matrix.py", "cli/test_options.py", "test_readme.py"),
+    *("objectives/test_continuous.py", "jvp/test_attention.py", "test_docs.py"),
+    *("optim/test_optim.py", "jvp/test_mode.py", "jvp/test_ways.py", "test_benchmarks.py"),
 )
 """Files that take long. They start first, lest one process ends with them: ``--dist loadfile``
 with ``--no-loadscope-reorder`` begins files in the order of collection."""
