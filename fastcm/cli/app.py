@@ -56,7 +56,8 @@ def info() -> None:
     table.add_row("fastcm", __version__)
     table.add_row("python", platform.python_version())
     table.add_row("platform", platform.platform())
-    for package in ("torch", "triton", "numpy", "safetensors"):
+    table.add_row("torch", torch.__version__)  # with its build, which the metadata lack
+    for package in ("triton", "numpy", "safetensors"):
         try:
             table.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
