@@ -1,6 +1,7 @@
 """The benchmarks by name.
 
-python -m benchmarks [ops|optim|step|sampling|jvp|attention|parallel|all ...] [--quick] [--out DIR]
+python -m benchmarks [PART ...] [--quick] [--out DIR]
+    PART: ops, optim, step, sampling, jvp, attention, parallel, data, or all
 python -m benchmarks compare BEFORE.json AFTER.json
 python -m benchmarks report [--check]
 
@@ -43,6 +44,7 @@ PARTS = {
     "jvp": Part("test_jvp.py", "MLP and not instant"),
     "attention": Part("test_attention.py"),
     "parallel": Part("test_parallel.py", "MLP"),
+    "data": Part("test_data.py"),
 }
 NEEDED = {"pytest": "pytest"}
 

@@ -46,8 +46,9 @@ def verdict(ratio: str, before: dict[str, Any], after: dict[str, Any], least: fl
     apart = low_after > high or high_after < low
     if not apart or abs(change) <= least:
         return "same"
-    # fastcm stands below the line, but where its own overhead is measured
-    better = change > 0 if not ratio.startswith("fastcm") else change < 0
+    # what is measured stands below the line, but where an overhead is: fastcm/bare, ddp/alone
+    _, below = ratio.split("/")
+    better = change > 0 if below.startswith("fastcm") else change < 0
     return "faster" if better else "slower"
 
 

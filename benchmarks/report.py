@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "choose": ("quality_cpu", tables.choose_table),
     "parallel": ("parallel_cpu", tables.parallel_table),
     "photographs": ("quality_photographs_cpu", tables.quality_table),
+    "data": ("data_cpu", tables.data_table),
     "ops-short": ("ops_cpu", partial(tables.ops_table, short=True)),
     "optim-short": ("optim_cpu", partial(tables.optim_table, short=True)),
     "step-short": ("step_cpu", partial(tables.step_table, short=True)),
@@ -51,6 +52,7 @@ PAGES = {
     "docs/methods.md": ("quality", "photographs"),
     "docs/choose.md": ("choose",),
     "docs/scale.md": ("parallel",),
+    "docs/data.md": ("data",),
     "docs/benchmarks.md": (
         *("ops", "optim", "step", "sampling", "jvp", "attention", "codegen", "ops-gpu"),
         *("optim-gpu", "step-gpu", "sampling-gpu", "jvp-gpu", "attention-gpu"),

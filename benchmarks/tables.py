@@ -233,6 +233,28 @@ def parallel_table(report: dict[str, Any]) -> str:
     return markdown("network | parameters | batch | alone | ddp | more", rows, note)
 
 
+def data_table(report: dict[str, Any]) -> str:
+    """Rows a second of each source, and what of a step they take."""
+    drawn = [row for row in report["rows"] if "rows_s" in row]
+    (step,) = (row for row in report["rows"] if "draw/step" in row)
+    names = list(drawn[0]["rows_s"])
+    rows = [
+        f"{row['batch']} | " + " | ".join(f"{row['rows_s'][name]:,.0f}" for name in names)
+        for row in drawn
+    ]
+    first = drawn[0]
+    note = (
+        f"Rows of uint8 {first['shape']} a second, of {first['rows']:,}, in shards of "
+        f"{first['shard']:,} with a window of {first['window']} on a local disk whose pages may be "
+        "in memory; `rows` are those of a tensor in a data set of torch, without workers. Drawing "
+        f"a batch of {step['batch']} from shards takes {100 * step['draw/step']:.3f} % of a step "
+        f"of CT of {step['network']}. On {machine_of(report)}, of {first['cores']} that had other "
+        f"work, too: the load was {min(r['load'] for r in report['rows']):.0f} to "
+        f"{max(r['load'] for r in report['rows']):.0f}."
+    )
+    return markdown("batch | " + " | ".join(names), rows, note)
+
+
 def codegen_summary(report: dict[str, Any]) -> str:
     """What the kernels compile to, in one paragraph."""
     rows = report["rows"]

@@ -73,6 +73,14 @@ def test_a_change_counts_beyond_the_noise_of_both(
     assert verdicts(second, least=10.0)[ratio] == "same"
 
 
+def test_of_every_ratio_it_is_known_which_way_is_better() -> None:
+    for ratio, better in (("compiled/fastcm compiled", 3.0), ("ddp/alone", 1.0)):
+        first = {ratio: 2.0, "spread": {ratio: [2.0, 2.0]}}
+        second = {ratio: better, "spread": {ratio: [better, better]}}
+        assert compare.verdict(ratio, first, second, 0.02) == "faster"
+        assert compare.verdict(ratio, second, first, 0.02) == "slower"
+
+
 def test_a_change_of_a_hundredth_is_none_however_quiet_the_rounds() -> None:
     quiet = {"eager/fastcm": [2.02, 2.02]}
     first = {"rows": [{**ROW, "spread": {"eager/fastcm": [2.0, 2.0]}}]}

@@ -42,7 +42,9 @@ def train(
     out: Annotated[Path, typer.Option(help="directory of the run: checkpoints and metrics")],
     data: Annotated[
         str,
-        typer.Option(help='"digits", "photographs", a folder of images or pairs, .npy or .npz'),
+        typer.Option(
+            help='"digits", "photographs", a folder of images, shards or pairs, .npy or .npz'
+        ),
     ] = "digits",
     method: Annotated[
         str,

@@ -34,13 +34,16 @@ def contents(
     rest["param_groups"] = [
         {**group, "lr": lr} for group, lr in zip(rest["param_groups"], state.base_lr)
     ]
+    data, position = state.data.contents()
     groups = {
         **{name: checkpoint.weights_of(network) for name, network in state.networks.items()},
         "optimizer": optimizer,
         "random": _random(state.device),
         "counters": {"counts": state.update.counts},
+        **data,
     }
     described = {
+        **position,
         "config": config,
         "compiled": state.gradients.compiled,
         "optimizer": rest,
@@ -70,7 +73,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
         **{group: checkpoint.weights_of(network) for group, network in state.networks.items()},
         "counters": {"counts": state.update.counts},
     }
-    _check_names(name, groups, {*fixed, "optimizer", "random"})
+    _check_names(name, groups, {*fixed, "optimizer", "random", *state.data.groups})
     for group, wanted in fixed.items():
         checkpoint.check_tensors(f"{name}/{group}", groups[group], wanted)
     if not isinstance(found.state["compiled"], bool | None):
@@ -82,6 +85,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
         {k: v for k, v in groups["random"].items() if k in random or k != "cuda"},
         {k: v for k, v in random.items() if k in groups["random"] or k == "cpu"},
     )
+    position = state.data.read(found)
     saved = check_optimizer(name, state.optimizer, groups["optimizer"], found.state["optimizer"])
     try:
         state.optimizer.load_state_dict(saved)
@@ -96,6 +100,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any]) -> None:
     if state.gradients.compiled is None:  # what "auto" chose: the same numbers after a resume
         state.gradients.compiled = found.state["compiled"]
     state.step = found.state["step"]
+    state.data.resume(position, state.step)
     state.key.step.fill_(state.step)  # in place: a captured step reads it
 
 

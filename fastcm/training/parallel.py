@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -237,12 +237,13 @@ class Processes:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; it is called there alone."""
-        made: T | None = None
+        return cast(T, self.from_all(lambda: make() if self.first else None)[0])
+
+    def from_all(self, make: Callable[[], T]) -> list[T]:
+        """What each process makes, in all of them."""
         with self.together():
-            if self.first:
-                made = make()
-        value: T = self._exchange(made)[0]
-        return value
+            made = make()
+        return self._exchange(made)
 
     def _exchange(self, mine: Any = None, error: Exception | None = None) -> list[Any]:
         """What every process says; in the first that has an error that is raised."""
