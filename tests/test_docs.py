@@ -23,6 +23,7 @@ NAMES_FILES = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/data.md",
     "docs/networks.md",
     "docs/scale.md",
 ]
