@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention gpu-missing quality lint clean
+.PHONY: demo test docs bench floor gpu gpu-correctness gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention gpu-missing quality lint clean
 
 demo: .venv/demo
 	$(BIN)/fastcm demo --out demo
@@ -10,7 +10,11 @@ demo: .venv/demo
 # The same random inputs each time; SEED= draws fresh ones, as pytest alone does.
 SEED := 0
 test: .venv/test
-	$(BIN)/python -m pytest -n auto --dist loadfile $(addprefix --seed ,$(SEED))
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(addprefix --seed ,$(SEED))
+
+# The same on the oldest torch and triton that are supported, in an environment of its own.
+floor: .venv-floor/test
+	.venv-floor/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(addprefix --seed ,$(SEED)) $(TESTS)
 
 # From source, with the torch and triton that $(PYTHON) has. Each part takes at most eight minutes,
 # goes on where it was stopped, and none keeps the next from running. Results go to $$OUT if set,
@@ -36,10 +40,18 @@ gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention: gpu-%:
 gpu-missing:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.missing
 
+# Of this machine: `make bench PARTS="ops step" QUICK=1` takes a look, of which nothing is kept.
+bench: .venv/test
+	PYTHONPATH=. $(BIN)/python -m benchmarks $(PARTS) $(if $(QUICK),--quick)
+
 # Every method on digits, three seeds: about 15 minutes.
 quality: .venv/test
 	PYTHONPATH=. $(BIN)/python -m benchmarks.quality
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
+
+# The site, into build/site; links that lead nowhere and pages outside the navigation are errors.
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build --strict
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -53,9 +65,18 @@ lint: .venv/test
 	$(INSTALL) -c constraints.txt -e '.[demo]'
 	touch $@
 
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e '.[docs]'
+	touch $@
+
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e '.[demo,test]'
 	touch $@
 
+.venv-floor/test: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet -c constraints-floor.txt -e '.[demo,test]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-floor build dist *.egg-info

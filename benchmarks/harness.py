@@ -3,19 +3,17 @@
 A case is refused, not timed, if one of its columns is not as close to the float64 reference as
 plain torch in the same dtype (twice its error, plus what the noise contract allows). Times are
 medians over rounds in which every column runs once; ratios are medians of the rounds' own ratios,
-so that a drifting clock does not count. On a GPU a column is a captured CUDA graph of several
-calls, timed by events, next to a copy of as many bytes as the case must move.
+so that a drifting clock does not count, and come with their spread over the rounds. On a GPU a
+column is a captured CUDA graph of several calls, timed by events, next to a copy of as many bytes
+as the case must move.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,11 +25,16 @@ from torch import Tensor
 
 import fastcm
 from benchmarks import nvml
+from benchmarks.machine import machine
 from fastcm import rng
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ATOL = 2e-5
 """On outputs of order 1: normals agree to 4e-6 in general, MATH of the noise contract."""
+
+QUICK = os.environ.get("QUICK") == "1"
+"""A look: few rounds, to see that all runs and about how fast; `python -m benchmarks --quick`."""
+QUICK_ROUNDS = 3
 
 Function = Callable[[], Any]
 
@@ -160,25 +163,34 @@ def measure(case: Case, *, rounds: int = 15, seconds: float = 0.03) -> dict[str,
         "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
         "max_error": errors,
     }
-    for name in ("eager", "compiled", "stock", "copy"):
-        if name in samples:
-            row[f"{name}/fastcm"] = median_ratio(samples, name, "fastcm")
-    return row
+    baselines = [name for name in ("eager", "compiled", "stock", "copy") if name in samples]
+    return row | ratios(samples, *((name, "fastcm") for name in baselines))
 
 
 def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each timer returned in each round; every round begins with another one."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
     names = list(timers)
-    for i in range(rounds):
+    for i in range(min(rounds, QUICK_ROUNDS) if QUICK else rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             samples[name].append(timers[name]())
     return samples
 
 
-def median_ratio(samples: Mapping[str, list[float]], a: str, b: str) -> float:
-    """Median of the rounds' ratios a / b."""
-    return statistics.median(x / y for x, y in zip(samples[a], samples[b]))
+def ratios(samples: Mapping[str, list[float]], *pairs: tuple[str, str]) -> dict[str, Any]:
+    """Of each pair (a, b) the rounds' ratios a / b: their median, and what lies between the tenths.
+
+    Returns:
+        ``{"a/b": median, ..., "spread": {"a/b": [10 %, 90 %], ...}, "rounds": number}``.
+    """
+    found: dict[str, Any] = {}
+    spread: dict[str, list[float]] = {}
+    for a, b in pairs:
+        values = [x / y for x, y in zip(samples[a], samples[b], strict=True)]
+        found[f"{a}/{b}"] = statistics.median(values)
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
+        spread[f"{a}/{b}"] = [tenths[0], tenths[-1]]
+    return {**found, "spread": spread, "rounds": len(next(iter(samples.values())))}
 
 
 def _host_timer(function: Function, seconds: float) -> Callable[[], float]:
@@ -226,41 +238,3 @@ def _graph_timer(function: Function, seconds: float, calls: int = 10) -> Callabl
     replay(1)
     times = max(1, round(seconds / max(replay(1) * calls, 1e-6)))
     return lambda: replay(times)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    try:
-        import triton
-
-        triton_version: str | None = triton.__version__
-    except ModuleNotFoundError:
-        triton_version = None
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:  # no git
-        commit = ""
-    found: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
-    }
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **nvml.static()}
-    return found
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -25,7 +25,7 @@ def _handle() -> tuple[Any, Any] | None:
 
 
 def static() -> dict[str, Any]:
-    """Driver version and power limit."""
+    """Driver version, power limits, and the clocks that it can reach."""
     found = _handle()
     if found is None:
         return {"driver": None}
@@ -33,6 +33,9 @@ def static() -> dict[str, Any]:
     return {
         "driver": _asked(nvml.nvmlSystemGetDriverVersion),
         "power_limit_mw": _asked(nvml.nvmlDeviceGetEnforcedPowerLimit, device),
+        "default_power_limit_mw": _asked(nvml.nvmlDeviceGetPowerManagementDefaultLimit, device),
+        "max_sm_mhz": _asked(nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
+        "max_memory_mhz": _asked(nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_MEM),
     }
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import machine
+from benchmarks.machine import machine
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.sample_folder import sample_folder
 from fastcm.cli.tables import METHODS as ALL

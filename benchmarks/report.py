@@ -1,6 +1,6 @@
-"""Render the tables of README.md and docs/ from the JSON under benchmarks/results/.
+"""Render the tables and plots of README.md and docs/ from the JSON under benchmarks/results/.
 
-python -m benchmarks.report            rewrite the tables
+python -m benchmarks.report            rewrite them
 python -m benchmarks.report --check    exit 1 if they are not what the JSON says
 """
 
@@ -9,306 +9,80 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks import plots, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-
-def markdown(columns: str, rows: list[str], note: str) -> str:
-    """A table, `columns` and `rows` with ``|`` between the cells, and a line below it."""
-    rule = "|".join("---" for _ in columns.split("|"))
-    return "\n".join([f"| {columns} |", f"|{rule}|", *(f"| {row} |" for row in rows), "", note])
-
-
-def machine_of(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    return f"{machine['threads']} CPU threads, torch {machine['torch']}"
-
-
-def demo_table(report: dict[str, Any]) -> str:
-    """The figures of `make demo`."""
-    rows = [
-        f"{name} | {figures['sliced_wasserstein']:.3f} | {figures['frechet']:.2f}"
-        for name, figures in report["distances to held-out digits"].items()
-    ]
-    note = (
-        f"From `make demo` on two CPU cores, {report['seconds']['total']:.0f} s in all. The first "
-        "row is the floor: other real digits."
-    )
-    return markdown("samples | sliced Wasserstein to held-out digits | Frechet", rows, note)
-
-
-def ops_table(report: dict[str, Any]) -> str:
-    """Ratios of the operators' benchmark."""
-    rows = [
-        f"{row['case']} | {' x '.join(map(str, row['shape']))} | {row['dtype']} "
-        f"| {row['ms']['fastcm']:.2f} ms | {row['eager/fastcm']:.1f} "
-        f"| {row['compiled/fastcm']:.2f} | {row['ms']['in compiled code']:.2f} ms"
-        for row in report["rows"]
-        if row["shape_name"] == "cifar"  # the others are in the JSON
-    ]
-    note = (
-        f"On {machine_of(report)}. Eager and compiled are plain PyTorch with `torch.randn`, whose "
-        "compiled form draws number by number; the last column is the operator in compiled code."
-    )
-    columns = (
-        "operator | samples | dtype | fastcm | eager / fastcm | compiled / fastcm "
-        "| fastcm, compiled"
-    )
-    return markdown(columns, rows, note)
-
-
-def optim_table(report: dict[str, Any]) -> str:
-    """Ratios of the optimizer's benchmark."""
-    rows = [
-        f"{row['network']} | {row['averages']}{', bfloat16 copy' if row['shadow'] else ''} "
-        f"| {row['ms']['fastcm']:.1f} ms | {row['eager/fastcm']:.1f} | {row['stock/fastcm']:.1f}"
-        for row in report["rows"]
-        if "drift" not in row
-    ]
-    note = (
-        f"On {machine_of(report)}. Eager: clip, foreach AdamW, a Python loop for each average. "
-        "Best of torch: clip, fused AdamW, foreach lerp."
-    )
-    for drift in (row["drift"] for row in report["rows"] if "drift" in row):
-        note += (
-            " After 1,000 steps float32 parameters are, relative to float64, off by "
-            f"{drift['fastcm']:.0e}; "
-            f"those of torch's AdamW {drift['torch']:.0e}, fused {drift['torch fused']:.0e}."
-        )
-    columns = "parameters | averages | fastcm | eager / fastcm | best of torch / fastcm"
-    return markdown(columns, rows, note)
-
-
-def step_table(report: dict[str, Any]) -> str:
-    """Ratios of the training step's benchmark."""
-    rows = [
-        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} | {row['batch']} "
-        f"| {row['precision']} | {row['ms']['fastcm']:.0f} ms | {row['eager/fastcm']:.2f} "
-        f"| {row['best/fastcm']:.2f} | {row['eager/fastcm eager']:.2f}"
-        for row in report["rows"]
-    ]
-    note = (
-        f"A step of training on {machine_of(report)}. Eager: a plain PyTorch loop. Best of torch: "
-        "the faster of that loop compiled and not, with fused AdamW and foreach averages."
-    )
-    columns = (
-        "network | parameters | method | batch | precision | fastcm | eager / fastcm "
-        "| best of torch / fastcm | eager / fastcm eager"
-    )
-    return markdown(columns, rows, note)
-
-
-def jvp_table(report: dict[str, Any]) -> str:
-    """Ratios of steps with a derivative along the trajectory."""
-    rows = [
-        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} | {row['batch']} "
-        f"| {row['ms']['fastcm']:.0f} ms | {row['two passes/fastcm']:.2f} "
-        f"| {row['one jvp/fastcm']:.2f} | {row['fastcm/flow']:.2f}"
-        for row in report["rows"]
-    ]
-    note = (
-        f"A step of training on {machine_of(report)}. Two passes: torch.func.jvp without gradient, "
-        "and a second forward pass. One jvp: torch.func.jvp inside the loss. Flow: a step of flow "
-        "matching. Each compiled where that is faster and torch can."
-    )
-    columns = (
-        "network | parameters | method | batch | fastcm | two passes / fastcm "
-        "| one jvp / fastcm | fastcm / flow"
-    )
-    return markdown(columns, rows, note)
-
-
-def sampling_table(report: dict[str, Any]) -> str:
-    """Ratios of the samplers' benchmark."""
-    rows = [
-        f"{row['network']} | {row['steps']} | {row['batch']} | {row['ms']['fastcm']:.1f} ms "
-        f"| {100 * (row['fastcm/bare'] - 1):+.1f} % | {row['eager/fastcm']:.2f} "
-        f"| {row['compiled/fastcm compiled']:.2f}"
-        for row in report["rows"]
-    ]
-    note = (
-        f"On {machine_of(report)}. Eager and compiled: a plain PyTorch loop with `torch.randn`; "
-        "compiled means the network. The Python of a call shows where network and batch are small."
-    )
-    columns = (
-        "network | steps | batch | fastcm | over the bare network calls | eager / fastcm "
-        "| compiled / fastcm compiled"
-    )
-    return markdown(columns, rows, note)
-
-
-def quality_table(report: dict[str, Any]) -> str:
-    """Distances of every method's samples by the number of evaluations, over the seeds."""
-    methods: dict[str, list[dict[str, Any]]] = {}
-    for row in report["rows"]:
-        methods.setdefault(row["method"], []).append(row)
-    calls = sorted({int(k) for row in report["rows"] for k in row["evaluations"]})
-
-    def cell(rows: list[dict[str, Any]], k: int) -> str:
-        found = [row["evaluations"].get(str(k)) for row in rows]
-        values = [f["frechet"] for f in found if f is not None]
-        if not values:
-            return "-"
-        spread = f" ± {statistics.pstdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}"
-
-    rows = [
-        f"{name} | {round(statistics.mean(row['steps'] for row in rows)):,} | "
-        + " | ".join(cell(rows, k) for k in calls)
-        for name, rows in methods.items()
-    ]
-    seeds = len(next(iter(methods.values())))
-    over = f"mean and spread over {seeds} seeds" if seeds > 1 else "one run each"
-    things = {"digits": "digits", "photographs": "crops"}[report["data"]]
-    *some, last = (name for name in ("ect", "cd", "scd", "pairs") if name in methods)
-    note = (
-        f"Frechet distance to held-out {things} by the number of network evaluations, {over}; of "
-        f"other real {things} {report['floor']['frechet']:.2f}. {report['seconds']:.0f} s of "
-        f"training on {machine_of(report)}; {', '.join(some)} and {last} spend half of it on their "
-        "flow. Sliced Wasserstein distances are in the JSON."
-    )
-    return markdown("method | steps | " + " | ".join(map(str, calls)), rows, note)
-
-
-def parallel_table(report: dict[str, Any]) -> str:
-    """What a process group of one costs a step."""
-    rows = [
-        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['batch']} "
-        f"| {row['ms']['alone']:.1f} ms | {row['ms']['ddp']:.1f} ms "
-        f"| {100 * (row['ddp/alone'] - 1):+.1f} %"
-        for row in report["rows"]
-        if "ddp/alone" in row
-    ]
-    note = (
-        f"A step of CT in one process, without and in a process group, on {machine_of(report)}; "
-        "both end in the same bits."
-    )
-    return markdown("network | parameters | batch | alone | ddp | more", rows, note)
-
-
-def data_table(report: dict[str, Any]) -> str:
-    """Rows a second of each source, and what of a step they take."""
-    drawn = [row for row in report["rows"] if "rows_s" in row]
-    (step,) = (row for row in report["rows"] if "draw/step" in row)
-    names = list(drawn[0]["rows_s"])
-    rows = [
-        f"{row['batch']} | " + " | ".join(f"{row['rows_s'][name]:,.0f}" for name in names)
-        for row in drawn
-    ]
-    first = drawn[0]
-    note = (
-        f"Rows of uint8 {first['shape']} a second, of {first['rows']:,}, in shards of "
-        f"{first['shard']:,} with a window of {first['window']} on a local disk whose pages may be "
-        "in memory; `rows` are those of a tensor in a data set of torch, without workers. Drawing "
-        f"a batch of {step['batch']} from shards takes {100 * step['draw/step']:.3f} % of a step "
-        f"of CT of {step['network']}. On {machine_of(report)}, of {first['cores']} that had other "
-        f"work, too: the load was {min(r['load'] for r in report['rows']):.0f} to "
-        f"{max(r['load'] for r in report['rows']):.0f}."
-    )
-    return markdown("batch | " + " | ".join(names), rows, note)
-
-
-def _notes(report: dict[str, Any]) -> str:
-    """What was noted of rows when they were measured."""
-    notes = sorted({row["note"] for row in report["rows"] if "note" in row})
-    return "".join(f" {note}" for note in notes)
-
-
-def scaling_table(report: dict[str, Any]) -> str:
-    """A step in one process and in two."""
-    rows = [
-        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['batch']} "
-        f"| {row['ms']['one']:.1f} ms | {row['ms']['two']:.1f} ms | {row['one/two']:.2f}"
-        for row in report["rows"]
-        if "one/two" in row
-    ]
-    note = (
-        "A step of CT on the same batch in one process and in two, of one thread each, on the two "
-        f"cores of one machine, torch {report['machine']['torch']}; the weights agree to rounding."
-        + _notes(report)
-    )
-    columns = "network | parameters | batch | 1 process | 2 processes | times as fast"
-    return markdown(columns, rows, note)
-
-
-def plan_table(report: dict[str, Any]) -> str:
-    """What `fastcm plan` predicted, and what was measured."""
-    rows = [
-        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['batch']} | {row['processes']} "
-        f"| {row['predicted ms']:.0f} ms | {row['measured ms']:.0f} ms "
-        f"| {100 * (row['predicted/measured ms'] - 1):+.0f} % "
-        f"| {100 * (row['predicted/measured sweep ms'] - 1):+.0f} % "
-        f"| {row['predicted bytes'] / 1e6:.0f} MB | {row['measured bytes'] / 1e6:.0f} MB "
-        f"| {100 * (row['predicted/measured bytes'] - 1):+.0f} %"
-        for row in report["rows"]
-    ]
-    note = (
-        "A step of CT as planned by ceilings that the same processes measured between the steps, "
-        f"and as measured, the best round of each; one thread each, torch "
-        f"{report['machine']['torch']}. Errors of the step, of its sweep alone, and of the most "
-        "memory of a process beside data and libraries." + _notes(report)
-    )
-    columns = (
-        "network | parameters | batch | processes | step, planned | measured | error "
-        "| of the sweep | memory, planned | measured | error"
-    )
-    return markdown(columns, rows, note)
-
-
-def codegen_summary(report: dict[str, Any]) -> str:
-    """What the kernels compile to, in one paragraph."""
-    rows = report["rows"]
-    hopper = [row for row in rows if row["target"] == "sm_90"]
-    targets = sorted({row["target"] for row in rows})
-    noising = [row for row in hopper if row["kernel"] == "noising_kernel"]
-    normals = max(row["instructions_per_normal"] for row in noising)
-    moving = [row for row in hopper if row["ridge"]]
-    bound = [row for row in moving if row["ridge"] == "memory"]
-    return (
-        f"{len(hopper)} launches compiled by triton {report['triton']} for {', '.join(targets)}: "
-        f"{sum(row['spills'] for row in rows)} spills, {sum(row['stack'] for row in rows)} bytes "
-        f"of stack. On sm_90 at most {max(row['registers'] for row in hopper)} registers, and "
-        f"{normals:.0f} instructions per normal in noising (static counts of the whole kernel); "
-        f"by bytes against instructions {len(bound)} of the {len(moving)} that move samples or "
-        "parameters are bound by an H200's memory."
-    )
-
-
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("demo", demo_table),
-    "ops": ("ops_cpu", ops_table),
-    "optim": ("optim_cpu", optim_table),
-    "step": ("step_cpu", step_table),
-    "sampling": ("sampling_cpu", sampling_table),
-    "jvp": ("jvp_cpu", jvp_table),
-    "codegen": ("codegen", codegen_summary),
-    "quality": ("quality_cpu", quality_table),
-    "parallel": ("parallel_cpu", parallel_table),
-    "scaling": ("parallel_cpu", scaling_table),
-    "plan": ("plan_cpu", plan_table),
-    "data": ("data_cpu", data_table),
-    "photographs": ("quality_photographs_cpu", quality_table),
+    "demo": ("demo", tables.demo_table),
+    "ops": ("ops_cpu", tables.ops_table),
+    "optim": ("optim_cpu", tables.optim_table),
+    "step": ("step_cpu", tables.step_table),
+    "sampling": ("sampling_cpu", tables.sampling_table),
+    "jvp": ("jvp_cpu", tables.jvp_table),
+    "attention": ("attention_cpu", tables.attention_table),
+    "codegen": ("codegen", tables.codegen_summary),
+    "quality": ("quality_cpu", tables.quality_table),
+    "choose": ("quality_cpu", tables.choose_table),
+    "parallel": ("parallel_cpu", tables.parallel_table),
+    "scaling": ("parallel_cpu", tables.scaling_table),
+    "plan": ("plan_cpu", tables.plan_table),
+    "photographs": ("quality_photographs_cpu", tables.quality_table),
+    "data": ("data_cpu", tables.data_table),
+    "ops-short": ("ops_cpu", partial(tables.ops_table, short=True)),
+    "optim-short": ("optim_cpu", partial(tables.optim_table, short=True)),
+    "step-short": ("step_cpu", partial(tables.step_table, short=True)),
+    "sampling-short": ("sampling_cpu", partial(tables.sampling_table, short=True)),
+    "ops-gpu": ("ops_gpu", tables.ops_table),
+    "optim-gpu": ("optim_gpu", tables.optim_table),
+    "step-gpu": ("step_gpu", tables.step_table),
+    "sampling-gpu": ("sampling_gpu", tables.sampling_table),
+    "jvp-gpu": ("jvp_gpu", tables.jvp_table),
+    "attention-gpu": ("attention_gpu", tables.attention_table),
 }
-ELSEWHERE = ("photographs", "parallel", "scaling", "plan", "data")
+"""By the name of its markers: the JSON without its ending, and what makes the text of it."""
 PAGES = {
-    "README.md": tuple(name for name in SECTIONS if name not in ELSEWHERE),
+    "README.md": ("demo", "ops-short", "optim-short", "step-short", "sampling-short", "jvp"),
+    "docs/index.md": ("demo",),
     "docs/methods.md": ("quality", "photographs"),
+    "docs/choose.md": ("choose",),
     "docs/scale.md": ("parallel", "scaling", "plan"),
     "docs/data.md": ("data",),
+    "docs/benchmarks.md": (
+        *("ops", "optim", "step", "sampling", "jvp", "attention", "codegen", "ops-gpu"),
+        *("optim-gpu", "step-gpu", "sampling-gpu", "jvp-gpu", "attention-gpu"),
+    ),
 }
+PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "docs/plots/ops.svg": ("ops_cpu", plots.ops_plot),
+    "docs/plots/optim.svg": ("optim_cpu", plots.optim_plot),
+    "docs/plots/step.svg": ("step_cpu", plots.step_plot),
+    "docs/plots/sampling.svg": ("sampling_cpu", plots.sampling_plot),
+    "docs/plots/quality.svg": ("quality_cpu", plots.quality_plot),
+}
+ABSENT = "Not measured yet."
+
+
+def result(name: str) -> dict[str, Any] | None:
+    """A JSON of benchmarks/results, or None where there is none."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
 
 
 def render(text: str, page: str = "README.md") -> str:
     """The text of a page with every section between its markers made anew."""
     for name in PAGES[page]:
         file, table = SECTIONS[name]
-        body = table(json.loads((RESULTS / f"{file}.json").read_text()))
+        report = result(file)
+        body = ABSENT if report is None else table(report)
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(
             pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S
@@ -318,18 +92,37 @@ def render(text: str, page: str = "README.md") -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def rendered() -> dict[str, str]:
+    """Every page and plot as the JSON has it, by its path in the repository."""
+    pages = {page: render((ROOT / page).read_text(), page) for page in PAGES}
+    for path, (file, plot) in PLOTS.items():
+        report = result(file)
+        if report is not None:
+            pages[path] = plot(report)
+    return pages
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args().check
-    for page in PAGES:
-        old = (ROOT / page).read_text()
-        new = render(old, page)
-        if check and new != old:
-            sys.exit(f"{page} differs from benchmarks/results: run python -m benchmarks.report")
-        if not check:
-            (ROOT / page).write_text(new)
+    check = parser.parse_args(arguments).check
+    aged = []
+    for name, new in rendered().items():
+        path = ROOT / name
+        if not path.exists() or path.read_text() != new:
+            aged.append(name)
+            if not check:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(new)
+    if check and aged:
+        print(f"{', '.join(aged)} differ from benchmarks/results: run python -m benchmarks.report")
+    return 1 if check and aged else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastcm
-from benchmarks.harness import Report, interleaved, median_ratio
+from benchmarks.harness import Report, interleaved, ratios
 from benchmarks.step_cases import CUDA, DEVICE, IMAGES, SUBJECTS
 from fastcm.data import Rows, as_source, write_shards
 from fastcm.data.shards import shards
@@ -100,8 +100,7 @@ def test_data(batch: int, images: Tensor, folder: Path, report: Report) -> None:
         "batch": batch,
         "ms": ms,
         "rows_s": {name: 1e3 * batch / each for name, each in ms.items()},
-        "shards/memory": median_ratio(samples, "shards", "memory"),
-        "rows/memory": median_ratio(samples, "rows", "memory"),
+        **ratios(samples, ("shards", "memory"), ("rows", "memory")),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
@@ -143,8 +142,7 @@ def test_step_on_shards(images: Tensor, folder: Path, report: Report) -> None:
         "network": "UNet-S",
         "batch": batch,
         "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
-        "shards/memory": median_ratio(samples, "shards", "memory"),
-        "draw/step": median_ratio(samples, "draw", "memory"),
+        **ratios({**samples, "step": samples["memory"]}, ("shards", "memory"), ("draw", "step")),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastcm
-from benchmarks.harness import Report, interleaved, median_ratio
+from benchmarks.harness import Report, interleaved, ratios
 from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, Subject
 from fastcm import ContinuousConsistency, FlowMatching, MeanFlow, losses
 from fastcm.networks import MLP, DiT, UNet
@@ -211,8 +211,7 @@ def test_step(network: str, method: str, precision: str, report: Report) -> None
         "chosen": chosen,
         "candidates_ms": candidates,
         "ms": {n: 1e3 * statistics.median(times) for n, times in samples.items()},
-        **{f"{n}/fastcm": median_ratio(samples, n, "fastcm") for n in ("two passes", "one jvp")},
-        "fastcm/flow": median_ratio(samples, "fastcm", "flow"),
+        **ratios(samples, ("two passes", "fastcm"), ("one jvp", "fastcm"), ("fastcm", "flow")),
     }
     report.add(row)
     print(f"\n{row}")

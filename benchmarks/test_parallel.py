@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import fastcm
-from benchmarks.harness import Report, interleaved, median_ratio
+from benchmarks.harness import Report, interleaved, ratios
 from benchmarks.processes import together
 from benchmarks.step_cases import DEVICE, LATENTS, SUBJECTS, Subject
 from fastcm.networks import DiT
@@ -89,7 +89,7 @@ def test_parallel(network: str, report: Report, group_of_one: None) -> None:
         "parameters": sum(p.numel() for p in alone.net.parameters()),
         "batch": batch,
         "ms": {name: 1e3 * statistics.median(times) for name, times in samples.items()},
-        "ddp/alone": median_ratio(samples, "ddp", "alone"),
+        **ratios(samples, ("ddp", "alone")),
     }
     print(row)
     report.add(row)
@@ -119,7 +119,9 @@ def scaled(rank: int, world: int, network: str) -> dict[str, Any]:
         "batch": batch,
         "ms": best,  # what else runs on the machine takes a core from two, and none from one
         "one/two": best["one"] / best["two"],
-        "one/two, median of rounds": median_ratio(samples, "one", "two") if rank == 0 else None,
+        "one/two, median of rounds": ratios(samples, ("one", "two"))["one/two"]
+        if rank == 0
+        else None,
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcm
-from benchmarks.harness import ATOL, Report, captured, interleaved, median_ratio
+from benchmarks.harness import ATOL, Report, captured, interleaved, ratios
 from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, synchronize
 from fastcm import rng
 from fastcm.ops import reference
@@ -143,13 +143,10 @@ def measure(network: str, net: nn.Module, steps: int, batch: int) -> dict[str, A
         "shape": list(shape[1:]),
         "steps": steps,
         "batch": batch,
-        "rounds": rounds,
         "ms": ms,
         "img_s": {n: 1e3 * batch / t for n, t in ms.items()},
         "errors": errors,
-        "fastcm/bare": median_ratio(samples, "fastcm", "bare"),
-        "eager/fastcm": median_ratio(samples, "eager", "fastcm"),
-        "compiled/fastcm compiled": median_ratio(samples, "compiled", "fastcm compiled"),
+        **ratios(samples, ("fastcm", "bare"), ("eager", "fastcm"), ("compiled", "fastcm compiled")),
     }
 
 
@@ -164,7 +161,7 @@ def test_sampling(network: str, steps: int, batch: int, report: Report, benchmar
             nn.init.normal_(p, std=0.02)
     row = measure(network, net, steps, batch)
     report.add(row)
-    ratios = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if "/" in k)
-    print(f"\n{network} {steps} x {batch}: {row['ms']['fastcm']:.2f} ms  {ratios}")
+    shown = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if "/" in k)
+    print(f"\n{network} {steps} x {batch}: {row['ms']['fastcm']:.2f} ms  {shown}")
     sampler = fastcm.Sampler(net, fastcm.Linear(), shape=SUBJECTS[network].shape)
     benchmark.pedantic(sampler, args=(1,), rounds=1)

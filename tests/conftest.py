@@ -49,7 +49,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
 
 
+LONGEST = (
+    *("training/test_parallel.py", "sampling/test_export.py", "ops/test_codegen.py"),
+    *("cli/test_cli.py", "cli/test_matrix.py", "cli/test_options.py", "test_readme.py"),
+    *("objectives/test_continuous.py", "jvp/test_attention.py", "test_docs.py"),
+    *("optim/test_optim.py", "jvp/test_mode.py", "jvp/test_ways.py", "test_benchmarks.py"),
+)
+"""Files that take long. They start first, lest one process ends with them: ``--dist loadfile``
+with ``--no-loadscope-reorder`` begins files in the order of collection."""
+
+
+def _rank(item: pytest.Item) -> int:
+    path = item.path.as_posix()
+    return next((i for i, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -7,6 +7,7 @@ done past torch's dispatcher, such as the C++ kernel of the optimizer, is not se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -98,11 +99,12 @@ def _capture(graph: RecordedGraph, **options: Any) -> Iterator[None]:
 @pytest.fixture
 def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
     """The CPU counts as a device with graphs."""
+    pools = itertools.count(1)
     for name, stand_in in (
         ("Stream", _Stream),
         ("CUDAGraph", RecordedGraph),
         ("graph", _capture),
-        ("graph_pool_handle", object),
+        ("graph_pool_handle", lambda: (0, next(pools))),  # numbers, as torch's own
         ("stream", lambda stream: nullcontext()),
         ("current_stream", _Stream),
         ("get_sync_debug_mode", lambda: 0),

@@ -341,7 +341,9 @@ def a_signal_to_one_process_ends_all(folder: Path) -> None:
 @case
 def what_cannot_be_sharded_is_refused_by_name(_: Path) -> None:
     def make(net: nn.Module | None = None, **options: Any) -> Callable[[], object]:
-        return lambda: run(FlowMatching(), mlp() if net is None else net, **{"parallel": "fsdp", **options})
+        return lambda: run(
+            FlowMatching(), mlp() if net is None else net, **{"parallel": "fsdp", **options}
+        )
 
     mesh = dist.device_mesh.init_device_mesh  # type: ignore[attr-defined]
     refused("1 dimension.*or of 2", make(parallel=mesh("cpu", (1, 1, 2))))

@@ -1,4 +1,4 @@
-"""What the README says is what the code does and what was measured."""
+"""What the README and its tutorial of loops say is what the code does and what was measured."""
 
 from __future__ import annotations
 
@@ -12,31 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from pages import ROOT, block, shortened, text
 
 import fastcm
 from benchmarks import report
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+README, LOOP, EXPORT = "README.md", "docs/tutorials/loop.md", "docs/export.md"
 
 
-def block(*parts: str) -> str:
-    """The Python block that has all these parts."""
-    (found,) = [b for b in BLOCKS if all(part in b for part in parts)]
-    return found
-
-
-def test_the_tables_are_those_of_the_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert report.render(text) == text
-    for page in report.PAGES:
-        text = (ROOT / page).read_text()
-        assert report.render(text, page) == text
+def test_the_tables_and_plots_are_those_of_the_results() -> None:
+    for name, made in report.rendered().items():
+        assert text(name) == made, f"{name}: run python -m benchmarks.report"
 
 
 def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = block("runs/cd", "fit(1000)").replace("fit(1000)", "fit(3)")
+    code = shortened(block(README, "runs/cd", "fit(1000)"))
     scope: dict[str, object] = {}
     exec(code, scope)
     x = scope["x"]
@@ -45,22 +36,23 @@ def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_optimizer_in_a_loop_of_ones_own() -> None:
     scope: dict[str, Any] = {}
-    exec(block("optimizer.averaged"), scope)
+    exec(block(LOOP, "optimizer.averaged"), scope)
     weight, average = scope["net"].weight, scope["target"].weight
     assert scope["optimizer"].counts.tolist() == [3, 0, 0]
     assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.01)
 
 
-def test_the_gradients_in_a_loop_of_ones_own() -> None:
+@pytest.mark.parametrize("page", [README, LOOP])
+def test_the_gradients_in_a_loop_of_ones_own(page: str) -> None:
     scope: dict[str, Any] = {}
-    exec(block("Gradients("), scope)
+    exec(block(page, "Gradients("), scope)
     assert scope["key"].step == 4 and scope["optimizer"].counts.tolist() == [4, 0, 0]
     assert torch.isfinite(scope["loss"])
 
 
 def test_the_sampler_of_the_readme_draws_the_same_samples_again() -> None:
     scope: dict[str, Any] = {}
-    exec(block(".stream("), scope)
+    exec(block(README, ".stream("), scope)
     torch.testing.assert_close(scope["x"][90:], scope["y"], rtol=1e-5, atol=1e-5)
     assert len(scope["batch"]) == 1000 % 256
 
@@ -70,7 +62,7 @@ def test_the_exported_sampler_draws_what_the_sampler_does(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    exec(block("export_sampler"), scope)
+    exec(block(EXPORT, "export_sampler"), scope)
     expected = scope["sampler"](64, seed=7, first_sample=128)
     torch.testing.assert_close(scope["x"], expected, rtol=1e-5, atol=1e-5)
 
@@ -78,7 +70,7 @@ def test_the_exported_sampler_draws_what_the_sampler_does(
 def test_the_objective_of_the_readme_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "readme_objective.py").write_text(block("class Denoising"))
+    (tmp_path / "readme_objective.py").write_text(block(LOOP, "class Denoising"))
     monkeypatch.syspath_prepend(tmp_path)
     objective = importlib.import_module("readme_objective").Denoising()
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastcm import __version__
 from fastcm.cli import demo, plot
+from fastcm.cli.bench import bench
 from fastcm.cli.consolidate import consolidate
 from fastcm.cli.evaluate import evaluate
 from fastcm.cli.export import export
@@ -38,6 +39,7 @@ app.command()(sample)
 app.command()(pairs)
 app.command()(evaluate)
 app.command()(consolidate)
+app.command()(bench)
 app.command()(export)
 app.command(name="plan")(plan)
 app.add_typer(plot.app, name="plot")
@@ -58,7 +60,8 @@ def info() -> None:
     table.add_row("fastcm", __version__)
     table.add_row("python", platform.python_version())
     table.add_row("platform", platform.platform())
-    for package in ("torch", "triton", "numpy", "safetensors"):
+    table.add_row("torch", torch.__version__)  # with its build, which the metadata lack
+    for package in ("triton", "numpy", "safetensors"):
         try:
             table.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:

@@ -5,35 +5,23 @@ And a way that is wrong is seen to be: a bare operator has no tangent, which nob
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import multiprocessing
 
 import pytest
-from ways import CONTEXTS, WAYS
+from ways import CONTEXTS, WAYS, main
 
 CASES = [(way, context) for way in WAYS for context in CONTEXTS]
 
 
-def run(case: tuple[str, str]) -> str:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(here / "ways.py"), *case],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1]
-
-
 @pytest.fixture(scope="module")
 def verdicts() -> dict[tuple[str, str], str]:
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES)))
+    """Each case in a process of its own, forked from one that has imported torch."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["torch", "torch._dynamo", "fastcm"])
+    with context.Pool(2, maxtasksperchild=1) as pool:
+        return dict(zip(CASES, pool.starmap(main, CASES, chunksize=1)))
 
 
 @pytest.mark.parametrize("way", ["torch", "ours"])

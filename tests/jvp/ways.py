@@ -1,12 +1,11 @@
-"""One way to a tangent of attention in one context, in a process: ``python ways.py WAY CONTEXT``.
+"""One way to a tangent of attention in one context: ``main(way, context)``.
 
-Prints "right", "wrong" (a tangent or gradient that is off, and no error) or the error's name. A
+It is "right", "wrong" (a tangent or gradient that is off, and no error) or the error's name. In a
 process of its own for each, since torch compiles no derivative any more after it failed at one.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +146,3 @@ def main(way: str, context: str) -> str:
     if any(x is None or (x - y).norm() > 1e-4 * y.norm() for x, y in zip(found, exact)):
         return "wrong"
     return "right"
-
-
-if __name__ == "__main__":
-    print(main(*sys.argv[1:]))

