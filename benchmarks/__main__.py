@@ -43,7 +43,7 @@ PARTS = {
     "sampling": Part("test_sampling.py", "MLP and not 512"),
     "jvp": Part("test_jvp.py", "MLP and not instant"),
     "attention": Part("test_attention.py"),
-    "parallel": Part("test_parallel.py", "MLP"),
+    "parallel": Part("test_parallel.py", "MLP and not scaling"),
     "data": Part("test_data.py"),
     "plan": Part("test_plan.py", "MLP"),
 }

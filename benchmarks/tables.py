@@ -225,6 +225,7 @@ def parallel_table(report: dict[str, Any]) -> str:
         f"| {row['ms']['alone']:.1f} ms | {row['ms']['ddp']:.1f} ms "
         f"| {100 * (row['ddp/alone'] - 1):+.1f} %"
         for row in report["rows"]
+        if "ddp/alone" in row
     ]
     note = (
         f"A step of CT in one process, without and in a process group, on {machine_of(report)}; "

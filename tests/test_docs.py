@@ -27,8 +27,8 @@ NAMES_FILES = [
     "docs/networks.md",
     "docs/scale.md",
 ]
-ALONE = ("README.md", "docs/tutorials/", "docs/export.md")
-"""Pages of whose code more is asked below, and in tests/test_readme.py."""
+ALONE = ("README.md", "docs/tutorials/", "docs/export.md", "docs/diffusers.md")
+"""Pages of whose code more is asked below, in tests/test_readme.py and test_example.py."""
 WITH_CODE = [page for page in PAGES if blocks(page) and not page.startswith(ALONE)]
 
 
