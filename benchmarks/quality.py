@@ -24,9 +24,9 @@ from benchmarks.harness import machine
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.sample_folder import sample_folder
 from fastcm.cli.tables import METHODS as ALL
-from fastcm.cli.tables import sampling_method
 from fastcm.data import Dataset
 from fastcm.evaluation import frechet, sliced_wasserstein
+from fastcm.hub import sampling_method
 from fastcm.runs.checkpoint import replace_file
 from fastcm.sampling import Sampler
 

@@ -2,7 +2,8 @@
 
 The wings, each of which imports only those before it: the maths (`rng`, `paths`,
 `parameterization`, `schedules`, `losses`, `ema`), `ops`, `networks`, `objectives`, `runs`, `data`,
-`optim`, `sampling`, `training`, `evaluation`, `cli`. docs/architecture.md is a walk through them.
+`optim`, `sampling`, `training`, `evaluation`, `hub`, `cli`. docs/architecture.md is a walk through
+them.
 """
 
 import sys
@@ -24,6 +25,9 @@ from fastcm.ema import LastPhase as LastPhase
 from fastcm.ema import PowerEMA as PowerEMA
 from fastcm.ema import WarmupEMA as WarmupEMA
 from fastcm.evaluation import pictures as pictures
+from fastcm.hub import from_pretrained as from_pretrained
+from fastcm.hub import push_to_hub as push_to_hub
+from fastcm.hub import save_pretrained as save_pretrained
 from fastcm.objectives import Batch as Batch
 from fastcm.objectives import ConsistencyDistillation as ConsistencyDistillation
 from fastcm.objectives import ConsistencyFlowMatching as ConsistencyFlowMatching

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 _LOCKS: dict[torch.device, threading.RLock] = {}
 
@@ -295,26 +296,27 @@ class GraphCache:
         self._capacity = capacity
         self._held: OrderedDict[Hashable, tuple[list[Tensor | None], Graphed]] = OrderedDict()
 
-    def __call__(
-        self, name: Hashable, work: Callable[..., Tensor], *inputs: Tensor | None
-    ) -> Tensor:
+    def __call__(self, name: Hashable, work: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """``work(*inputs)``, overwritten by the next call; inside ``with cache.side():``.
 
         Args:
             name: of the function, with everything but the inputs that its result depends on.
             work: device operations of shapes that follow from those of the inputs.
-            inputs: copied to the memory that the graph reads.
+            inputs: tensors, containers of tensors, or None; copied to the memory that the graph
+                reads.
         """
-        key = (name, *(None if v is None else (tuple(v.shape), v.dtype) for v in inputs))
+        given, form = _flat(inputs)
+        key = (name, form, *(None if v is None else (tuple(v.shape), v.dtype) for v in given))
         if key not in self._held:
             if len(self._held) == self._capacity:
                 self._held.popitem(last=False)[1][1].drop()
-            static = [None if v is None else v.to(self._device, copy=True) for v in inputs]
-            shown = " x ".join(str(list(v.shape)) for v in inputs if v is not None)
+            static = [None if v is None else v.to(self._device, copy=True) for v in given]
+            arguments = static if form is None else _pytree.tree_unflatten(static, form)
+            shown = " x ".join(str(list(v.shape)) for v in given if v is not None)
             self._held[key] = (
                 static,
                 Graphed(
-                    lambda: work(*static),
+                    lambda: work(*arguments),
                     self.side,
                     moved=self._moved(),
                     must=self._must,
@@ -326,7 +328,14 @@ class GraphCache:
             )
         self._held.move_to_end(key)
         static, graphed = self._held[key]
-        for held, value in zip(static, inputs):
+        for held, value in zip(static, given):
             if held is not None and value is not None:
                 held.copy_(value, non_blocking=True)
         return graphed()
+
+
+def _flat(inputs: tuple[Any, ...]) -> tuple[list[Any], _pytree.TreeSpec | None]:
+    """Tensors out of their containers, and what these are; None for none, which is quicker."""
+    if all(v is None or isinstance(v, Tensor) for v in inputs):
+        return list(inputs), None
+    return _pytree.tree_flatten(inputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ class Rescaled(nn.Module):
         self.trained = trained
         self.serves = serves
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         """The served prediction for network input `x` and network time `t` of ``serves``."""
         return rescaled(self.net, self.trained, self.serves, x, t, cond)
 
@@ -190,7 +190,7 @@ def rescaled(
     serves: Parameterization,
     x: Tensor,
     t: Tensor,
-    cond: Tensor | None = None,
+    cond: Any = None,
 ) -> Tensor:
     """What `Rescaled` computes."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm.networks.protocol import Network
 
@@ -18,20 +18,26 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
 
 
+def half_of(net: Network) -> torch.dtype | None:
+    """The half precision that a module's weights are in, or some of them; None for none."""
+    for parameter in net.parameters() if isinstance(net, nn.Module) else ():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            return parameter.dtype
+    return None
+
+
 class Autocast:
-    """A network with bfloat16 inputs, under autocast; its output is what autocast makes of it.
+    """A network with inputs of half precision, under autocast, whose output is what that makes.
 
     Autocast rather than bfloat16 copies of the weights: normalisations and time embeddings stay
     float32 in any network, and averages that change in place need no second copy.
     """
 
-    def __init__(self, net: Network, device_type: str) -> None:
+    def __init__(self, net: Network, device_type: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.net = net
-        self.device_type = device_type
+        self.device_type, self.dtype = device_type, dtype
         self.log_variance = getattr(net, "log_variance", None)
 
-    def __call__(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, **second: Tensor
-    ) -> Tensor:
-        with torch.autocast(self.device_type, torch.bfloat16):
-            return self.net(x.to(torch.bfloat16), t, cond, **second)
+    def __call__(self, x: Tensor, t: Tensor, cond: Any = None, **second: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, self.dtype):
+            return self.net(x.to(self.dtype), t, cond, **second)

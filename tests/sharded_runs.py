@@ -47,9 +47,9 @@ def mlp(seed: int = 0, **options: Any) -> MLP:
 
 def run(objective: Any = None, net: nn.Module | None = None, **options: Any) -> Trainer:
     objective = objective or ConsistencyTraining()
-    return trainer(
-        objective, net or mlp(two_times=getattr(objective, "two_times", False)), **options
-    )
+    if net is None:
+        net = mlp(two_times=getattr(objective, "two_times", False))
+    return trainer(objective, net, **options)
 
 
 def guided(**options: Any) -> Trainer:
@@ -341,7 +341,8 @@ def a_signal_to_one_process_ends_all(folder: Path) -> None:
 @case
 def what_cannot_be_sharded_is_refused_by_name(_: Path) -> None:
     def make(net: nn.Module | None = None, **options: Any) -> Callable[[], object]:
-        return lambda: run(FlowMatching(), net or mlp(), **{"parallel": "fsdp", **options})
+        student = mlp() if net is None else net
+        return lambda: run(FlowMatching(), student, **{"parallel": "fsdp", **options})
 
     mesh = dist.device_mesh.init_device_mesh  # type: ignore[attr-defined]
     refused("1 dimension.*or of 2", make(parallel=mesh("cpu", (1, 1, 2))))
@@ -361,6 +362,7 @@ def what_cannot_be_sharded_is_refused_by_name(_: Path) -> None:
     refused("not contiguous, input.weight", make(slanted))
     mixed.output.bfloat16()
     refused("one dtype", make(mixed))
+    refused("net is compiled already", make(torch.compile(mlp())))  # type: ignore[arg-type]
     with torch.device("meta"):
         refused("meta device", make(mlp()))
     net = mlp()

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/scale.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/networks.md",
+    "docs/scale.md",
+]
 FILE = re.compile(r"`((?:fastcm|kernels|tests|benchmarks|docs|examples)/[\w./*]*)`")
 
 
@@ -27,3 +34,11 @@ def test_the_architecture_names_every_wing() -> None:
             assert entry.name in text, entry.name
         if entry.is_dir() and (entry / "__init__.py").exists() and entry.name != "kernels":
             assert re.search(rf"`(fastcm/)?{entry.name}/`", text), entry.name
+
+
+def test_the_page_of_networks_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/networks.md").read_text(), re.S)
+    scope: dict[str, Any] = {}
+    exec(compile(block.replace(".fit(50)", ".fit(3)"), "networks.md", "exec"), scope)
+    assert scope["x"].shape == (16, 2) and scope["x"].isfinite().all()

@@ -26,6 +26,7 @@ ORDER = (
     ("data", "optim"),
     ("sampling", "training"),
     ("evaluation",),
+    ("hub",),
     ("cli",),
     ("__main__",),
 )
@@ -39,8 +40,8 @@ NAMES = {
     "MeanFlow", "NoiseKey", "NonFiniteError", "PairDistillation", "Parameterization",
     "PowerEMA", "RAdam", "Rescaled", "Sampler", "Shortcut", "Stepwise", "Trainer", "TrigFlow",
     "VarianceExploding", "VariancePreserving", "WarmupEMA", "editing", "evaluation",
-    "export_sampler", "jvp", "losses", "networks", "ops", "pictures", "posthoc", "rng",
-    "sampling", "schedules", "warmup_cosine",
+    "export_sampler", "from_pretrained", "jvp", "losses", "networks", "ops", "pictures", "posthoc",
+    "push_to_hub", "rng", "sampling", "save_pretrained", "schedules", "warmup_cosine",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from fastcm import __version__
 from fastcm.cli import demo, plot
 from fastcm.cli.consolidate import consolidate
 from fastcm.cli.evaluate import evaluate
+from fastcm.cli.export import export
 from fastcm.cli.pairs import pairs
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
@@ -36,6 +37,7 @@ app.command()(sample)
 app.command()(pairs)
 app.command()(evaluate)
 app.command()(consolidate)
+app.command()(export)
 app.add_typer(plot.app, name="plot")
 
 

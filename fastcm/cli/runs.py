@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
-from torch import Tensor
 
-from fastcm.cli import tables
+from fastcm import hub
 from fastcm.cli.recipes import Recipe
 from fastcm.data import Dataset, as_source
+from fastcm.data.datasets import as_condition, condition_of, read_arrays
+from fastcm.networks.conditions import named, rows_of
 from fastcm.runs import checkpoint
 from fastcm.runs.checkpoint import RUN_STATE, load_newest
 from fastcm.runs.description import differences
@@ -84,7 +87,7 @@ def sampling_method(directory: Path) -> Method:
         FileNotFoundError, CheckpointError: see `fastcm.sampling.Sampler.from_run`.
     """
     state = load_newest(directory, only=set(), requires=RUN_STATE)[0].state
-    return tables.sampling_method(state["config"]["objective"]["type"])
+    return hub.sampling_method(state["config"]["objective"]["type"])
 
 
 def of_run(directory: Path) -> Recipe:
@@ -116,9 +119,7 @@ def datasets(run: Path) -> tuple[Dataset, Dataset]:
     return train_data, held_out
 
 
-def condition(
-    sampler: Sampler, labels: Tensor | None, guidance: float | None, n: int
-) -> dict[str, Any]:
+def condition(sampler: Sampler, labels: Any, guidance: float | None, n: int) -> dict[str, Any]:
     """The arguments cond and guidance of a sampler, for n labels and a weight of guidance.
 
     A network that takes the weight as an input has it in its condition, 1 unless given.
@@ -128,18 +129,50 @@ def condition(
     return {"cond": append_weight(labels, 1.0 if guidance is None else guidance, n)}
 
 
-def labels(sampler: Sampler, n: int, label: int | None = None, *, first: int = 0) -> Tensor | None:
-    """Labels of samples first .. first + n - 1, int64 ``[n]``; None if the network has no classes.
+def read_condition(file: Path) -> Any:
+    """The condition in a file of arrays: the only one, or a dict of several by their names.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or it cannot be read or is of another kind.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            held = safetensors.torch.load_file(file, device="cpu")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is not a readable .safetensors file: {error}") from error
+        cond: Any = held if len(held) != 1 else next(iter(held.values()))
+    elif file.suffix in (".npy", ".npz"):
+        cond = condition_of(read_arrays(file))
+    else:
+        raise ValueError(f"--cond must be a .npy, .npz or .safetensors file, got {file}")
+    lengths = {name: len(x) if x.dim() else 0 for name, x in named(cond)}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"{file} must hold as many rows of each array, got {lengths}")
+    return as_condition(cond)
+
+
+def labels(
+    sampler: Sampler, n: int, label: int | None = None, *, first: int = 0, cond: Any = None
+) -> Any:
+    """The condition of samples first .. first + n - 1; None if the network has no classes.
 
     Args:
         sampler: whose network's description says how many classes there are.
         n: how many.
         label: of all; default i % classes for sample i.
         first: index of the first.
+        cond: rows that samples have in turn, instead of labels.
+
+    Returns:
+        int64 ``[n]``, or n rows of `cond`.
 
     Raises:
-        ValueError: a label without classes, or out of their range.
+        ValueError: a label without classes, or out of their range; label and cond.
     """
+    if cond is not None:
+        if label is not None:
+            raise ValueError("--label has no meaning beside --cond, which holds the labels")
+        return rows_of(cond, torch.arange(first, first + n) % len(named(cond)[0][1]))
     description: Any = getattr(sampler.net, "description", {})
     classes = description.get("num_classes")
     if classes is None:

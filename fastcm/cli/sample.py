@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from torch import nn
 
-from fastcm.cli.runs import condition, labels, sampling_method
+from fastcm.cli.runs import condition, labels, read_condition, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder, share
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Churn, Sampler
@@ -37,6 +37,10 @@ def sample(
     first: Annotated[int, typer.Option(help="index of the first sample")] = 0,
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
     label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
+    cond: Annotated[
+        Path | None,
+        typer.Option(help=".npz, .npy or .safetensors: row i conditions sample i, all in turn"),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
     guide: Annotated[
         Path | None,
@@ -89,15 +93,16 @@ def sample(
         compile=compile,
         **({} if guide is None else {"guide": guide_of(guide, run, ema)}),
     )
-    if guidance is not None and guide is None and labels(sampler, 0) is None:
+    rows = None if cond is None else read_condition(cond)
+    if guidance is not None and guide is None and rows is None and labels(sampler, 0) is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
     options: dict[str, Any] = {"seed": seed}
     if not out.suffix:
         options |= {"guidance": guidance, "format": format, "first": first, "label": label}
+        options["cond"] = rows
         fill(run, out, n, sampler, ema=ema, precision=precision, **options)
         return
-    cond = labels(sampler, n, label, first=first)
-    options |= condition(sampler, cond, guidance, n)
+    options |= condition(sampler, labels(sampler, n, label, first=first, cond=rows), guidance, n)
     x = sampler(n, first_sample=first, **options).cpu()
     if out.suffix == ".npy":
         buffer = io.BytesIO()

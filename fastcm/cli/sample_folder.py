@@ -27,6 +27,7 @@ from torch import Tensor
 from fastcm.cli.runs import condition, labels
 from fastcm.data.loading import PAIRS, SETTINGS, indices_of
 from fastcm.evaluation import pictures
+from fastcm.networks.conditions import named
 from fastcm.progress import Progress
 from fastcm.rng import check_key
 from fastcm.runs.checkpoint import digest
@@ -66,6 +67,7 @@ def sample_folder(
     first: int = 0,
     seed: int = 0,
     label: int | None = None,
+    cond: Any = None,
     guidance: float | None = None,
     format: str | None = None,
     source: Mapping[str, Any] | None = None,
@@ -84,6 +86,7 @@ def sample_folder(
         first: index of the first, >= 0; first + n <= 2**32.
         seed: of the noise.
         label: the class of all samples, instead of all classes in turn.
+        cond: rows of the condition that the samples have in turn, instead of labels.
         guidance: weight of guidance, or None.
         format: "png" (the default of images ``[1 | 3 | 4, H, W]``) or "npz": ``arr_0`` of images
             uint8 ``[b, H, W, C]``, of other samples float32 ``[b, ...]``; with labels ``arr_1``,
@@ -99,7 +102,7 @@ def sample_folder(
     check_key(seed)
     if sampler.shape is None:
         raise ValueError("the sampler must know the shape of a sample: Sampler(shape=...)")
-    labels(sampler, 0, label)
+    labels(sampler, 0, label, cond=cond)
     format = _format(format, sampler.shape)
     settings = {
         **(source or {}),
@@ -114,6 +117,8 @@ def sample_folder(
         "shape": list(sampler.shape),
         "batch_size": sampler.batch_size,
     }
+    if cond is not None:
+        settings["cond"] = digest(dict(named(cond)))
     if sampler.churn is not None:
         settings["churn"] = str(sampler.churn)
     if sampler.guide is not None:
@@ -124,12 +129,12 @@ def sample_folder(
     out.check()
 
     def draw(batch: range, parts: list[range]) -> None:
-        cond = labels(sampler, len(batch), label, first=batch.start)
-        options = condition(sampler, cond, guidance, len(batch))
+        held = labels(sampler, len(batch), label, first=batch.start, cond=cond)
+        options = condition(sampler, held, guidance, len(batch))
         x = sampler(len(batch), seed=seed, first_sample=batch.start, **options).cpu()
         x = pictures.to_uint8(x) if format != PAIRS and _is_image(x.shape[1:]) else x
         out.claim()  # not before: what the sampler refuses leaves no folder
-        list(pool.map(lambda part: out.save(part, batch, x, cond), parts))
+        list(pool.map(lambda part: out.save(part, batch, x, held), parts))
 
     drawn = present = 0
     begin, size = time.perf_counter(), sampler.batch_size
@@ -255,8 +260,9 @@ class _Folder:
             return f"{part.start:06d}.png"
         return f"{part.start:06d}-{part.stop - 1:06d}.npz"
 
-    def save(self, part: range, batch: range, x: Tensor, cond: Tensor | None) -> None:
-        """Write the file of a part of a batch."""
+    def save(self, part: range, batch: range, x: Tensor, cond: Any) -> None:
+        """Write the file of a part of a batch, with its labels if the condition is these."""
+        cond = cond if isinstance(cond, Tensor) and cond.dtype == torch.int64 else None
         rows = slice(part.start - batch.start, part.stop - batch.start)
         x = x[rows]
         if self.format == "png":

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastcm import losses, paths, schedules
 from fastcm.ema import EMA
-from fastcm.sampling.engine import Method
 
 METHODS = (
     "flow", "stepwise", "ct", "ict", "ect", "sct", "shortcut", "meanflow", "cfm", "cd", "lcm",
@@ -87,10 +86,3 @@ METHODS_WITH: dict[str, tuple[str, ...]] = {
     "skip": ("cd", "lcm"),
 }
 """The options that not every method has."""
-
-
-def sampling_method(objective: str) -> Method:
-    """How samples are drawn from what an objective of this name trains."""
-    if objective in ("FlowMatching", "ConsistencyFlowMatching"):
-        return "ode"
-    return "flow-map" if objective in ("Shortcut", "MeanFlow") else "multistep"

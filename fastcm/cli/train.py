@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
+from fastcm import hub
 from fastcm.cli import tables, toml
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.runs import RUN_FILE, open_run
@@ -212,7 +213,7 @@ def sample_pictures(directory: Path, every: int, *, seed: int = 0) -> Callback:
         if event != "step" or trainer.step % every:
             return
         p = trainer.objective.parameterization
-        method = tables.sampling_method(type(trainer.objective).__name__)
+        method = hub.sampling_method(type(trainer.objective).__name__)
         classes = (trainer.metadata["network"] or {}).get("num_classes")
         labels = torch.arange(64) % classes if classes else None
         if (trainer.metadata["network"] or {}).get("guided"):

@@ -5,10 +5,10 @@ Imports the maths, `ops` for the noise of pairs, and `runs` for digests.
 
 from fastcm.data.datasets import Dataset as Dataset
 from fastcm.data.datasets import array_file as array_file
-from fastcm.data.datasets import digits as digits
-from fastcm.data.datasets import image_folder as image_folder
-from fastcm.data.datasets import photographs as photographs
 from fastcm.data.datasets import to_unit as to_unit
+from fastcm.data.images import digits as digits
+from fastcm.data.images import image_folder as image_folder
+from fastcm.data.images import photographs as photographs
 from fastcm.data.loading import load as load
 from fastcm.data.loading import pairs as pairs
 from fastcm.data.sources import DeviceData as DeviceData

@@ -1,12 +1,11 @@
-"""Data sets in memory, and what reads them: digits, image folders, array files."""
+"""Data sets in memory, and the files of arrays that hold them."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_NAMED_SKIPS = 5
+from fastcm.networks.conditions import check_rows, each
+
+IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Samples and, where there are classes, one label each.
+    """Samples and what they are conditioned on: a label each, or tensors of one row each.
 
     Args:
         x: uint8 or floating samples ``[N, ...]``, N >= 1; other floats are stored as float32.
         labels: integers ``[N]`` in 0 .. num_classes - 1, stored as int64.
         num_classes: number of classes; default the largest label + 1.
+        cond: instead of labels, a tensor ``[N, ...]``, or dicts and tuples of such.
         paired: whether x is ``[N, 2, ...]``, each sample with the noise it was made from; see
             `fastcm.data.pairs`.
 
@@ -39,6 +39,7 @@ class Dataset:
     labels: Tensor | None = None
     num_classes: int | None = None
     paired: bool = False
+    cond: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_samples(self.x))
@@ -56,6 +57,11 @@ class Dataset:
                 "as uint8, or scale them",
                 stacklevel=3,
             )
+        if self.cond is not None:
+            if self.labels is not None:
+                raise ValueError("give labels or cond, not both: cond may hold labels, too")
+            check_rows(self.cond, len(self))
+            object.__setattr__(self, "cond", as_condition(self.cond))
         if self.labels is None:
             if self.num_classes is not None:
                 raise ValueError(f"num_classes={self.num_classes} was given without labels")
@@ -86,16 +92,18 @@ class Dataset:
         """``[N, ...]``, of pairs without their noise."""
         return self.x[:, 0] if self.paired else self.x
 
+    @property
+    def condition(self) -> Any:
+        """The labels, or `cond`; None for neither."""
+        return self.cond if self.labels is None else self.labels
+
     def without_labels(self) -> Dataset:
-        """The same samples."""
-        same = self._with(self.x, None)
-        object.__setattr__(same, "num_classes", None)
-        return same
+        """The same samples, without any condition."""
+        return self._with(self.x, labels=None, cond=None, num_classes=None)
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on `device`."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return self._with(self.x.to(device), labels)
+        return self._each(lambda x: x.to(device))
 
     def split(self, fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Shuffle and divide into (train, held out), the same way for the same seed.
@@ -114,17 +122,19 @@ class Dataset:
         held = min(max(round(len(self) * fraction), 1), len(self) - 1)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         order = order.to(self.x.device)
-        return self._rows(order[held:]), self._rows(order[:held])
+        mine, others = order[held:], order[:held]
+        return self._each(lambda x: x[mine]), self._each(lambda x: x[others])
 
-    def _rows(self, index: Tensor) -> Dataset:
-        labels = None if self.labels is None else self.labels[index]
-        return self._with(self.x[index], labels)
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Dataset:
+        labels = None if self.labels is None else function(self.labels)
+        cond = None if self.cond is None else each(function, self.cond)
+        return self._with(function(self.x), labels=labels, cond=cond)
 
-    def _with(self, x: Tensor, labels: Tensor | None) -> Dataset:
+    def _with(self, x: Tensor, **fields: Any) -> Dataset:
         """Other tensors of the same content: checking it again would wait for the device."""
         same = copy.copy(self)
-        object.__setattr__(same, "x", x)
-        object.__setattr__(same, "labels", labels)
+        for name, value in {"x": x, **fields}.items():
+            object.__setattr__(same, name, value)
         return same
 
 
@@ -144,144 +154,14 @@ def as_samples(x: Tensor) -> Tensor:
     return x.float()
 
 
-def as_condition(cond: Tensor) -> Tensor:
-    """Integer labels as int64; any other condition unchanged."""
-    plain = cond.is_floating_point() or cond.is_complex() or cond.dtype == torch.bool
-    return cond if plain else cond.long()
+def as_condition(cond: Any) -> Any:
+    """A condition with its integers as int64."""
 
+    def one(x: Tensor) -> Tensor:
+        plain = x.is_floating_point() or x.is_complex() or x.dtype == torch.bool
+        return x if plain else x.long()
 
-def _demo(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{module} is missing: pip install "fastcm[demo]"') from error
-
-
-def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits: uint8 ``[1797, 1, 8, 8]``, 10 classes."""
-    bunch = _demo("sklearn.datasets").load_digits()
-    x = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8)
-    return Dataset(x[:, None], torch.from_numpy(bunch.target), 10)
-
-
-def photographs(count: int = 4096, *, size: int = 32, seed: int = 0) -> Dataset:
-    """Random crops of scikit-learn's two sample photographs, of a temple and of a flower.
-
-    Args:
-        count: of the crops, half of each; crops may overlap.
-        size: of a side, in 1..427 pixels.
-        seed: of the places.
-
-    Returns:
-        uint8 ``[count, 3, size, size]`` in random order; the labels say which of the two.
-
-    Raises:
-        ValueError: count or size is out of range.
-    """
-    _demo("PIL")
-    whole = [
-        torch.from_numpy(p.copy()) for p in _demo("sklearn.datasets").load_sample_images().images
-    ]
-    height, width = whole[0].shape[:2]
-    if count < 2 or not 1 <= size <= min(height, width):
-        raise ValueError(
-            f"photographs need count >= 2 and size in 1..{min(height, width)}, got {count}, {size}"
-        )
-    places = torch.Generator().manual_seed(seed)
-    which = torch.randperm(count, generator=places) % 2
-    tops, lefts = (
-        torch.randint(side - size + 1, (count,), generator=places).tolist()
-        for side in (height, width)
-    )
-    crops = [
-        whole[k][top : top + size, left : left + size]
-        for k, top, left in zip(which.tolist(), tops, lefts)
-    ]
-    return Dataset(torch.stack(crops).permute(0, 3, 1, 2).contiguous(), which, 2)
-
-
-def image_folder(
-    path: str | os.PathLike[str],
-    *,
-    size: int | None = None,
-    channels: int = 3,
-    on_skip: Callable[[Path, str], None] | None = None,
-) -> Dataset:
-    """Read every png, jpg, jpeg, webp and bmp file below a folder, in sorted order.
-
-    If every image lies in a first-level sub-folder, these are the classes, by sorted name.
-
-    Args:
-        path: the folder.
-        size: resize the short side to it and crop the centre; None where all have one size.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        on_skip: called with file and reason for each image that cannot be read; default one
-            warning for all of them.
-
-    Returns:
-        uint8 ``[N, channels, H, W]``, with labels where there are classes.
-
-    Raises:
-        ValueError: no readable image, or images of several sizes without `size`.
-    """
-    if channels not in _IMAGE_MODES:
-        raise ValueError(f"channels must be one of {sorted(_IMAGE_MODES)}, got {channels}")
-    if size is not None and size < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
-    _demo("PIL")
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no such folder: {root}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-    kept: list[Path] = []
-    skipped: list[tuple[Path, str]] = []
-    x = torch.empty(0, dtype=torch.uint8, device="cpu")
-    for file in files:
-        try:
-            image = _read_image(file, size, channels)
-        except Exception as error:  # decoders raise many kinds on damaged files
-            skipped.append((file, f"{type(error).__name__}: {error}"))
-            if on_skip is not None:
-                on_skip(*skipped[-1])
-            continue
-        if not kept:
-            x = torch.empty(len(files), *image.shape, dtype=torch.uint8, device="cpu")
-        elif image.shape != x.shape[1:]:
-            (h0, w0), (h1, w1) = x.shape[2:], image.shape[1:]
-            raise ValueError(
-                f"images differ in size: {kept[0]} is {w0} x {h0} and {file} is {w1} x {h1}; "
-                f"pass size to resize and crop them"
-            )
-        x[len(kept)] = image
-        kept.append(file)
-    if not kept:
-        raise ValueError(f"no readable image in {root}: {_summary(skipped, len(files))}")
-    if skipped and on_skip is None:
-        warnings.warn(f"skipped {_summary(skipped, len(files))}", stacklevel=2)
-    parts = [file.relative_to(root).parts for file in kept]
-    if any(len(p) < 2 for p in parts):
-        return Dataset(x[: len(kept)])
-    classes = {name: i for i, name in enumerate(sorted({p[0] for p in parts}))}
-    labels = torch.tensor([classes[p[0]] for p in parts], device="cpu")
-    return Dataset(x[: len(kept)], labels, len(classes))
-
-
-def _read_image(file: Path, size: int | None, channels: int) -> Tensor:
-    Image, ImageOps = _demo("PIL.Image"), _demo("PIL.ImageOps")
-    with Image.open(file) as opened:
-        if opened.mode[0] in "IF":
-            raise ValueError(f"more than 8 bits per channel (mode {opened.mode})")
-        image = ImageOps.exif_transpose(opened).convert(_IMAGE_MODES[channels])
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, channels).permute(2, 0, 1)
-
-
-def _summary(skipped: list[tuple[Path, str]], total: int) -> str:
-    named = "; ".join(f"{file} ({reason})" for file, reason in skipped[:_NAMED_SKIPS])
-    more = "; ..." if len(skipped) > _NAMED_SKIPS else ""
-    return f"{len(skipped)} unreadable of {total} image files{': ' if named else ''}{named}{more}"
+    return each(one, cond)
 
 
 def read_arrays(file: Path) -> dict[str, Any]:
@@ -311,12 +191,21 @@ def as_tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
+def condition_of(arrays: Mapping[str, Any]) -> Any:
+    """The condition that arrays hold: the only one, or a dict by what follows "cond." in a name."""
+    named = {name.removeprefix("cond."): as_tensor(array) for name, array in arrays.items()}
+    if len(named) == 1 and next(iter(arrays)) in named:
+        return next(iter(named.values()))
+    return named
+
+
 def array_file(path: str | os.PathLike[str]) -> Dataset:
     """Read a .npy or .npz file of uint8 or floating samples.
 
     An .npz holds the samples as ``x`` (or as its only other array) and optionally ``labels`` or
-    ``y``. ``[N, D]`` and ``[N, C, H, W]`` are kept; ``[N, H, W]`` becomes ``[N, 1, H, W]``;
-    ``[N, H, W, C]`` becomes ``[N, C, H, W]`` if C is 1, 3 or 4 and H is not.
+    ``y``, or a condition: ``cond``, or ``cond.NAME`` of each tensor of a dict. ``[N, D]`` and
+    ``[N, C, H, W]`` are kept; ``[N, H, W]`` becomes ``[N, 1, H, W]``; ``[N, H, W, C]`` becomes
+    ``[N, C, H, W]`` if C is 1, 3 or 4 and H is not.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -325,14 +214,16 @@ def array_file(path: str | os.PathLike[str]) -> Dataset:
     file = Path(path)
     arrays = read_arrays(file)
     labels = arrays.pop("labels" if "labels" in arrays else "y", None)
+    conds = {name: arrays.pop(name) for name in list(arrays) if name.split(".")[0] == "cond"}
     if "x" not in arrays and len(arrays) != 1:
         raise ValueError(f"{file} must hold an array x or only one array, got {list(arrays)}")
     try:
         x = as_tensor(arrays["x"] if "x" in arrays else arrays.popitem()[1])
         if x.ndim == 3:
             x = x[:, None]
-        elif x.ndim == 4 and x.shape[3] in _IMAGE_MODES and x.shape[1] not in _IMAGE_MODES:
+        elif x.ndim == 4 and x.shape[3] in IMAGE_MODES and x.shape[1] not in IMAGE_MODES:
             x = x.permute(0, 3, 1, 2).contiguous()
-        return Dataset(x, None if labels is None else as_tensor(labels))
+        cond = condition_of(conds) if conds else None
+        return Dataset(x, None if labels is None else as_tensor(labels), cond=cond)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error

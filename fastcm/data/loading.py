@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from fastcm import ops, rng
-from fastcm.data.datasets import (
-    Dataset,
-    array_file,
-    as_tensor,
-    digits,
-    image_folder,
-    photographs,
-    read_arrays,
-)
+from fastcm.data.datasets import Dataset, array_file, as_tensor, read_arrays
+from fastcm.data.images import digits, image_folder, photographs
 from fastcm.runs.files import read_state
 
 SETTINGS = "samples.json"

@@ -19,13 +19,14 @@ from fastcm import ops, rng
 from fastcm.data.datasets import Dataset as Dataset
 from fastcm.data.datasets import array_file as array_file
 from fastcm.data.datasets import as_condition, as_samples
-from fastcm.data.datasets import digits as digits
-from fastcm.data.datasets import image_folder as image_folder
 from fastcm.data.datasets import to_unit as to_unit
+from fastcm.data.images import digits as digits
+from fastcm.data.images import image_folder as image_folder
 from fastcm.data.loading import load as load
+from fastcm.networks.conditions import check_rows, each, layout, named
 from fastcm.runs.checkpoint import digest
 
-Batch = tuple[Tensor, Tensor | None]
+Batch = tuple[Tensor, Any]
 
 
 @runtime_checkable
@@ -90,8 +91,8 @@ class DeviceData:
         """
         ahead = torch.arange(count, device=position.device)
         index = self._order[(position + ahead) % len(self._order)]
-        labels = self.dataset.labels
-        cond = None if labels is None else labels.index_select(0, index)
+        cond = self.dataset.condition
+        cond = None if cond is None else each(lambda x: x.index_select(0, index), cond)
         if not self.dataset.paired:
             return self.dataset.x.index_select(0, index), cond
         # all samples, then all noise: each half of the batch is dense, and no operator copies it
@@ -107,13 +108,14 @@ class DeviceData:
         return self.batch(step * batch_size, batch_size)
 
     def describe(self) -> dict[str, object]:
-        labels = self.dataset.labels
+        cond = self.dataset.condition
+        held = {} if cond is None else dict(named(cond, "y"))
         return {
             "samples": len(self),
             "shape": list(self.dataset.shape),
             "dtype": str(self.dataset.x.dtype).removeprefix("torch."),
             "num_classes": self.dataset.num_classes,
-            "contents": digest({"x": self.dataset.x, **({} if labels is None else {"y": labels})}),
+            "contents": digest({"x": self.dataset.x, **held}),
         }
 
 
@@ -151,7 +153,8 @@ class IterableData:
     if the iterable is deterministic. The short last batch of an epoch is dropped.
 
     Args:
-        iterable: yields x or (x, cond), tensors or arrays; for example a DataLoader.
+        iterable: yields x or (x, cond), tensors or arrays, cond perhaps in dicts and tuples; for
+            example a DataLoader.
         device: where the batches are moved, see `Upload`.
     """
 
@@ -160,7 +163,7 @@ class IterableData:
         self._iterator: Iterator[object] | None = None
         self._upload = Upload(device)
         self._step = 0
-        self._layout: tuple[object, ...] | None = None
+        self._layout: dict[str, str] | None = None
 
     def draw(self, step: int, batch_size: int) -> Batch:
         """The next batch, or a later one if `step` is ahead.
@@ -178,7 +181,7 @@ class IterableData:
             self._step += 1
             if self._step > step:
                 break
-        return self._upload(x), None if cond is None else self._upload(cond)
+        return self._upload(x), None if cond is None else each(self._upload, cond)
 
     def describe(self) -> dict[str, object]:
         return {"iterable": type(self._iterable).__name__}
@@ -205,24 +208,23 @@ class IterableData:
     def _unpacked(self, item: object) -> Batch:
         parts = item if isinstance(item, tuple | list) else (item,)
         try:
-            tensors = [None if part is None else _tensor(part) for part in parts]
+            tensors = [None if part is None else _tensors(part) for part in parts]
         except (TypeError, ValueError, RuntimeError):
             tensors = []
-        if not 1 <= len(tensors) <= 2 or tensors[0] is None or tensors[0].ndim < 2:
+        x, cond = (*tensors, None, None)[:2]
+        if not 1 <= len(tensors) <= 2 or not isinstance(x, Tensor) or x.ndim < 2:
             kinds = ", ".join(type(part).__name__ for part in parts)
-            raise ValueError(f"a batch must be x [B, ...] or (x, cond), got {kinds}")
-        x, cond = as_samples(tensors[0]), None if len(tensors) == 1 else tensors[1]
-        cond = None if cond is None else as_condition(cond)
-        if cond is not None and cond.shape[:1] != x.shape[:1]:
-            raise ValueError(f"cond must have {len(x)} rows like x, got {list(cond.shape)}")
-        layout = (list(x.shape[1:]), x.dtype, cond is None)
-        if self._layout is None:
-            self._layout = layout
-        if layout != self._layout:
             raise ValueError(
-                f"every batch must look like the first (sample shape, dtype, no cond): "
-                f"{self._layout}, got {layout}"
+                f"a batch must be x [B, ...] or (x, cond), got {kinds}; several conditions are one "
+                "dict or tuple"
             )
+        x = as_samples(x)
+        check_rows(cond, len(x))
+        cond = None if cond is None else as_condition(cond)
+        found = {**layout(x, "x"), **layout(cond)}
+        self._layout = self._layout or found
+        if found != self._layout:
+            raise ValueError(f"every batch must be as the first, {self._layout}, got {found}")
         return x, cond
 
 
@@ -231,12 +233,28 @@ def _tensor(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
 
 
+def _conditioned(x: Tensor, cond: Any) -> Dataset:
+    """Integers ``[N]`` are labels, anything else is a condition."""
+    held = as_condition(_tensors(cond))
+    if isinstance(held, Tensor) and held.dtype == torch.int64 and held.ndim == 1:
+        return Dataset(x, held)
+    return Dataset(x, cond=held)
+
+
+def _tensors(cond: Any) -> Any:
+    """Arrays as tensors inside of their containers; a list of numbers is an array."""
+    if isinstance(cond, list) and all(isinstance(v, int | float) for v in cond):
+        return _tensor(cond)
+    return each(_tensor, cond)
+
+
 def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
     """The source of batches for whatever holds the data.
 
     Args:
-        data: a `Source`, `Dataset`, tensor or array ``[N, ...]``, tuple (x, labels) of these, name
-            or path (see `load`), or an iterable of batches such as a DataLoader.
+        data: a `Source`, `Dataset`, tensor or array ``[N, ...]``, tuple (x, labels) or (x, cond) of
+            these (see `Dataset`), name or path (see `load`), or an iterable of batches such as a
+            DataLoader.
         seed: of the permutations; an iterable has its own order.
         device: where the batches are wanted.
 
@@ -249,13 +267,13 @@ def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
         data = load(data)
     elif isinstance(data, _ARRAYS):
         data = Dataset(_tensor(data))
-    elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(d, _ARRAYS) for d in data):
-        data = Dataset(_tensor(data[0]), _tensor(data[1]))
+    elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], _ARRAYS):
+        data = _conditioned(_tensor(data[0]), data[1])
     if isinstance(data, Dataset):
         return DeviceData(data, seed, device)
     if isinstance(data, Iterable):
         return IterableData(data, device)
     raise TypeError(
-        f"data must be a Source, Dataset, tensor, (x, labels), path or iterable of batches, "
-        f"got {type(data).__name__}"
+        "data must be a Source, Dataset, tensor, (x, labels), (x, cond), path or iterable of "
+        f"batches, got {type(data).__name__}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def consistency_gap(
     n: int = 40,
     grid: Grid = UniformGrid(),
     seed: int = 0,
-    cond: Tensor | None = None,
+    cond: Any = None,
 ) -> ConsistencyGap:
     """Measure the `ConsistencyGap` over a grid of `n` intervals, same (x0, z) at all times.
 

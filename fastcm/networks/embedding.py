@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcm.networks.protocol import split_weight
+from fastcm.networks.conditions import split_weight
 
 _SINUSOID_DIM = 256
 _MAX_PERIOD = 10000.0

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm import ops, rng
 from fastcm.ema import Average
 from fastcm.losses import Learned, Metric, Weight
+from fastcm.networks.conditions import Null, replaced
 from fastcm.networks.protocol import Network
 from fastcm.ops import Denoised, Noised
 from fastcm.ops.dispatch import Door, door
@@ -128,7 +129,7 @@ class Batch:
         x0: data ``[B, ...]``, uint8 (x / 127.5 - 1) or float; float64 keeps the arithmetic around
             the network in float64.
         key: noise key; ``key.step`` is the step counter.
-        cond: any tensor with B rows, or None.
+        cond: a tensor with B rows, containers of such (see `fastcm.networks.conditions`), or None.
         first_sample: index of row 0 in the global batch (accumulation, data parallelism).
         input_dtype: dtype of the network's x; a network in float64 needs that here, too.
         z: the noise ``[B, ...]`` that each row of x0 was made from; None draws it by the key.
@@ -137,7 +138,7 @@ class Batch:
 
     x0: Tensor
     key: NoiseKey
-    cond: Tensor | None = None
+    cond: Any = None
     first_sample: int = 0
     input_dtype: torch.dtype = torch.float32
     z: Tensor | None = None
@@ -215,22 +216,28 @@ class Batch:
         )
 
     def network(self, net: Network) -> Network:
-        """A network of the objective's own, such as a teacher, in the precision of this step."""
+        """A network of the objective's own, such as a teacher, in the precision of this step.
+
+        One in half precision is so in any step.
+        """
+        first = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+        own = None if first is None else first.dtype
+        if own in (torch.bfloat16, torch.float16):
+            return Autocast(net, self.x0.device.type, own)
         if self.input_dtype in (torch.float32, torch.float64):
             return net
         return Autocast(net, self.x0.device.type)
 
-    def without_condition(self, null: Tensor | int, probability: float) -> Batch:
+    def without_condition(self, null: Null, probability: float) -> Batch:
         """This batch with `cond` replaced by `null` in a random share of the rows."""
         return self.dropping(null, probability)[0]
 
-    def dropping(self, null: Tensor | int, probability: float) -> tuple[Batch, Tensor]:
+    def dropping(self, null: Null, probability: float) -> tuple[Batch, Tensor]:
         """`without_condition`, and in which rows, bool ``[B]``."""
         if self.cond is None:
             raise ValueError("condition dropout needs a batch with cond, got cond=None")
         drop = self.uniform(rng.CONDITION) < probability
-        rows = drop.reshape(-1, *[1] * (self.cond.dim() - 1))
-        return replace(self, cond=torch.where(rows, null, self.cond)), drop
+        return replace(self, cond=replaced(self.cond, null, drop)), drop
 
 
 class Objective(Protocol):
@@ -250,7 +257,7 @@ class Objective(Protocol):
 
 
 def target_output(
-    net: Network, target_net: Network | None, x: Tensor, t: Tensor, cond: Tensor | None
+    net: Network, target_net: Network | None, x: Tensor, t: Tensor, cond: Any
 ) -> Tensor:
     """The target network's output, without gradient; without one, that of `net` itself.
 

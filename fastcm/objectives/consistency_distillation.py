@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
-from fastcm.networks.protocol import Network, append_weight, check_output, unconditional
+from fastcm.networks.conditions import Null, append_weight, joined, unconditional
+from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, learned, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
@@ -58,8 +59,10 @@ class ConsistencyDistillation:
         guidance: weight w of v_u + w (v_c - v_u), evaluated as one batch of conditional and
             unconditional rows; None uses the conditional velocity alone. A range (low, high) draws
             w uniformly for each row, and the student reads it from `cond`, whose last column it
-            is: `append_weight` packs it, and networks here are then ``guided=True``.
-        null_condition: what stands for "no condition" under guidance: a label or a tensor.
+            is, in a dict "guidance": `append_weight` packs it, and networks here are then
+            ``guided=True``.
+        null_condition: what stands for "no condition" under guidance; see
+            `fastcm.networks.conditions.Null`.
 
     Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance, skipping and DDIM: Luo et al.
     2023 (LCM), section 4.
@@ -75,7 +78,7 @@ class ConsistencyDistillation:
     weight: Weight = inverse_gap
     target_average: Average | None = EMA(0.9)
     guidance: float | tuple[float, float] | None = None
-    null_condition: Tensor | int | None = None
+    null_condition: Null = None
     solver: Literal["euler", "heun", "ddim"] = "euler"
     skip: int = 1
 
@@ -201,7 +204,7 @@ class ConsistencyDistillation:
         if cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")
         inputs = torch.cat([x, x])
-        conds = torch.cat([cond, unconditional(cond, self.null_condition)])
+        conds = joined(cond, unconditional(cond, self.null_condition))
         both = check_output("teacher", teacher(inputs, c_noise.repeat(2), conds), inputs)
         F, F_uncond = both.chunk(2)
         return F, F_uncond

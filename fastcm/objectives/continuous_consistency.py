@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastcm import rng
 from fastcm.jvp import jvp
 from fastcm.losses import Learned, Metric, SquaredL2, Weight
-from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.networks.conditions import Null, joined, unconditional
+from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, learned
 from fastcm.parameterization import Parameterization, Rescaled, rescaled
 from fastcm.paths import TrigFlow
@@ -62,7 +63,7 @@ class ContinuousConsistency:
     weight: Weight = Learned()
     metric: Metric = SquaredL2()
     guidance: float | None = None
-    null_condition: Tensor | int | None = None
+    null_condition: Null = None
     served: Parameterization = field(init=False, repr=False)
     """What the student is trained as."""
 
@@ -159,7 +160,7 @@ class ContinuousConsistency:
             return check_output("teacher", teacher(x, t, cond), x)
         if cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")
-        conds = torch.cat([cond, unconditional(cond, self.null_condition)])
+        conds = joined(cond, unconditional(cond, self.null_condition))
         inputs = torch.cat([x, x])
         both = check_output("teacher", teacher(inputs, t.repeat(2), conds), inputs)
         F, F_uncond = both.float().chunk(2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcm import rng
 from fastcm.losses import Metric, SquaredL2, Weight, uniform
+from fastcm.networks.conditions import Null
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, learned
 from fastcm.parameterization import Moment, Parameterization
@@ -27,7 +28,7 @@ class FlowMatching:
         metric: distance in the space of the prediction; default squared L2.
         weight: weight(t, t_min, path).
         condition_dropout: share of rows trained without condition, for guidance.
-        null_condition: what stands for "no condition" there: a label or a tensor.
+        null_condition: what stands for "no condition" there; see `fastcm.networks.conditions.Null`.
 
     Source: seed eq. 1; Liu et al. 2022, Lipman et al. 2022.
     """
@@ -37,7 +38,7 @@ class FlowMatching:
     metric: Metric = SquaredL2()
     weight: Weight = uniform
     condition_dropout: float = 0.0
-    null_condition: Tensor | int | None = None
+    null_condition: Null = None
     target_average = None
 
     def __post_init__(self) -> None:

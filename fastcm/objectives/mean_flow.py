@@ -12,7 +12,8 @@ from torch import Tensor
 from fastcm import ops, rng
 from fastcm.jvp import jvp
 from fastcm.losses import AdaptiveL2, Metric
-from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.networks.conditions import Null, each, unconditional
+from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss
 from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.schedules import LogitNormal, TimeSampler
@@ -49,7 +50,7 @@ class MeanFlow:
     metric: Metric = AdaptiveL2()
     guidance: float | None = None
     mixing: float = 0.0
-    null_condition: Tensor | int | None = None
+    null_condition: Null = None
     condition_dropout: float = 0.0
     predicted_tangent: bool = False
 
@@ -156,14 +157,15 @@ class _Rows:
             )
         self.groups, self.a, self.b = count // b, a, b
 
-    def split(self, *tensors: Tensor | None) -> tuple[list[Any], list[Any]]:
-        """Both kinds of rows of each tensor."""
-        first, second = [], []
-        for x in tensors:
-            groups = x if x is None else x.reshape(self.groups, self.b, *x.shape[1:])
-            first.append(groups if groups is None else groups[:, : self.a].flatten(0, 1))
-            second.append(groups if groups is None else groups[:, self.a :].flatten(0, 1))
-        return first, second
+    def split(self, *given: Any) -> tuple[list[Any], list[Any]]:
+        """Both kinds of rows of each tensor or condition, None of None."""
+        return self._some(slice(None, self.a), given), self._some(slice(self.a, None), given)
+
+    def _some(self, part: slice, given: tuple[Any, ...]) -> list[Any]:
+        def rows(x: Tensor) -> Tensor:
+            return x.reshape(self.groups, self.b, *x.shape[1:])[:, part].flatten(0, 1)
+
+        return [None if x is None else each(rows, x) for x in given]
 
     def join(self, first: Tensor | None, second: Tensor) -> Tensor:
         """The inverse of `split`; `first` is None where a = 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, SquaredL2
+from fastcm.networks.conditions import rows_of
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss
 from fastcm.parameterization import Parameterization, check_velocity
@@ -76,7 +78,7 @@ class Shortcut:
         one = torch.ones_like(t)
         x, target = batch.stored((1.0 - t, t), (-one, one))
         rows = slice(None, None, self.every)
-        cond = None if batch.cond is None else batch.cond[rows]
+        cond = rows_of(batch.cond, rows)
         halves = self._two_halves(target_net or net, batch, x[rows], t[rows], d[rows], cond)
         target = target.clone()
         target[rows] = halves
@@ -86,7 +88,7 @@ class Shortcut:
 
     @torch.no_grad()
     def _two_halves(
-        self, net: Network, batch: Batch, x: Tensor, t: Tensor, d: Tensor, cond: Tensor | None
+        self, net: Network, batch: Batch, x: Tensor, t: Tensor, d: Tensor, cond: Any
     ) -> Tensor:
         """The mean velocity of two steps of d / 2 from x, in the dtype of x."""
         half = 0.5 * d

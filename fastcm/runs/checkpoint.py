@@ -15,7 +15,6 @@ Order is that of the step numbers in the names: no clock is asked.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastcm.runs import shards
@@ -41,6 +39,10 @@ from fastcm.runs.files import (
 )
 from fastcm.runs.files import CheckpointError as CheckpointError
 from fastcm.runs.files import replace_file as replace_file
+from fastcm.runs.weights import digest as digest
+from fastcm.runs.weights import load_weights as load_weights
+from fastcm.runs.weights import plain as plain
+from fastcm.runs.weights import weights_of as weights_of
 
 FORMAT = 2
 SHARDED = 3
@@ -332,12 +334,3 @@ def check_tensors(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, T
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{what} does not fit: " + ", ".join(problems[:5]) + more)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short fingerprint of named tensors."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]

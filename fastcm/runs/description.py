@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcm import paths
 from fastcm.parameterization import Parameterization
-from fastcm.runs.checkpoint import digest
+from fastcm.runs.checkpoint import digest, plain, weights_of
 
 PATHS = (paths.Linear, paths.VarianceExploding, paths.TrigFlow, paths.VariancePreserving)
 
@@ -24,7 +24,7 @@ def describe(value: object) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, nn.Module):
-        return {"type": type(value).__name__, "weights": digest(value.state_dict())}
+        return {"type": type(plain(value)).__name__, "weights": digest(weights_of(value))}
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "values": digest({"": value})}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -7,8 +7,8 @@ computes one of them. `editing` and `export` build on these. Imports the maths, 
 `runs`, and what it shares with training: `graphs`, `precision`, `progress`.
 """
 
-from fastcm.networks.protocol import append_weight as append_weight
-from fastcm.networks.protocol import split_weight as split_weight
+from fastcm.networks.conditions import append_weight as append_weight
+from fastcm.networks.conditions import split_weight as split_weight
 from fastcm.sampling import editing as editing
 from fastcm.sampling.export import export_sampler as export_sampler
 from fastcm.sampling.functions import SOLVERS as SOLVERS

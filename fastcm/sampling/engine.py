@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastcm import graphs, ops, rng
+from fastcm.networks.conditions import Null, each
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
-from fastcm.precision import Autocast, Precision
+from fastcm.precision import Autocast, Precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops
 from fastcm.sampling.functions import SOLVERS, SolverName
@@ -45,7 +46,7 @@ class Engine:
         method: Method,
         solver: SolverName,
         churn: Churn | None,
-        null_condition: Tensor | int | None,
+        null_condition: Null,
         guide: nn.Module | None,
         device: torch.device,
         precision: Precision,
@@ -57,17 +58,13 @@ class Engine:
         self._levels = levels(p, times)
         self._steps = ode_steps(p, times, solver, churn) if method == "ode" else []
         self._method, self._solver = method, solver
-        self._null = (
-            null_condition.to(device) if isinstance(null_condition, Tensor) else null_condition
-        )
+        self._null = each(lambda v: v.to(device) if isinstance(v, Tensor) else v, null_condition)
         self._device, self._on_cpu = device, device.type == "cpu"
         self._lock = graphs.device_lock(device)
-        self.eager: Network = Autocast(net, device.type) if precision == "bf16" else net
+        self.eager: Network = _precise(net, device, precision)
         self._network: Network = torch.compile(self.eager) if compile else self.eager
         self._guides = [] if guide is None else [guide]
-        self.eager_guide: Network | None = guide
-        if guide is not None and precision == "bf16":
-            self.eager_guide = Autocast(guide, device.type)
+        self.eager_guide = None if guide is None else _precise(guide, device, precision)
         self._guide: Network | None = self.eager_guide
         if compile and self.eager_guide is not None:
             self._guide = torch.compile(self.eager_guide)
@@ -91,7 +88,7 @@ class Engine:
         out: Tensor,
         shape: tuple[int, ...],
         key: Tensor,
-        cond: Tensor | None,
+        cond: Any,
         weights: tuple[Weight, ...] | None,
     ) -> None:
         """Compute samples of `shape`, the first of which go to `out`; under no_grad.
@@ -121,7 +118,7 @@ class Engine:
         self,
         shape: tuple[int, ...],
         key: Tensor,
-        cond: Tensor | None,
+        cond: Any,
         weights: tuple[Weight, ...] | None,
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
@@ -130,16 +127,12 @@ class Engine:
                 key = key.to(self._device, non_blocking=True)
             return self._run(self._network, self._guide, shape, weights, key, cond)
 
-    def _replayed(
-        self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None = None
-    ) -> Tensor:
+    def _replayed(self, x: Tensor, t: Tensor, cond: Any, s: Tensor | None = None) -> Tensor:
         assert self._cache is not None
         F = self._cache("network", partial(_of_two_times, self._network), x, t, cond, s)
         return F.clone() if self._guides else F  # graphs share memory: the guide's is next
 
-    def _replayed_guide(
-        self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None = None
-    ) -> Tensor:
+    def _replayed_guide(self, x: Tensor, t: Tensor, cond: Any, s: Tensor | None = None) -> Tensor:
         assert self._cache is not None and self._guide is not None
         return self._cache("guide", partial(_of_two_times, self._guide), x, t, cond, s)
 
@@ -150,7 +143,7 @@ class Engine:
         shape: tuple[int, ...],
         weights: tuple[Weight | None, ...] | None,
         key_tensor: Tensor,
-        cond: Tensor | None,
+        cond: Any,
         given: Tensor | None = None,
     ) -> Tensor:
         """With weights, of which those that are None are the rows of `given`."""
@@ -172,7 +165,7 @@ class Engine:
         guide: Network | None,
         z: Tensor,
         key: NoiseKey,
-        cond: Tensor | None,
+        cond: Any,
         weights: Sequence[Weight] | None,
     ) -> Tensor:
         """Samples from noise z, by `net` and `guide` in place of the networks."""
@@ -188,9 +181,13 @@ class Engine:
         return loops.multistep(evaluate, z, key, self._levels)
 
 
-def _of_two_times(
-    net: Network, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None
-) -> Tensor:
+def _precise(net: nn.Module, device: torch.device, precision: Precision) -> Network:
+    """The network in the precision that was asked for, or in that of its weights."""
+    half = torch.bfloat16 if precision == "bf16" else half_of(net)
+    return net if half is None else Autocast(net, device.type, half)
+
+
+def _of_two_times(net: Network, x: Tensor, t: Tensor, cond: Any, s: Tensor | None) -> Tensor:
     return net(x, t, cond) if s is None else net(x, t, cond, s=s)
 
 
@@ -249,9 +246,12 @@ def of_samples(weights: tuple[Weight, ...], start: int, end: int, size: int) -> 
     return tuple(padded(w[start:end], size) if isinstance(w, Tensor) else w for w in weights)
 
 
-def padded(rows: Tensor, size: int) -> Tensor:
-    """`rows` with the last one repeated up to `size` of them."""
-    missing = size - len(rows)
+def padded(rows: Any, size: int) -> Any:
+    """A tensor or condition with the last of its rows repeated up to `size` of them."""
+    return each(lambda x: _padded(x, size - len(x)), rows)
+
+
+def _padded(rows: Tensor, missing: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fastcm import rng
+from fastcm.networks.conditions import each
 from fastcm.ops import reference
 from fastcm.ops.decompositions import REFERENCES
 from fastcm.rng import NoiseKey
@@ -28,7 +29,7 @@ def export_sampler(
     sampler: Sampler,
     n: int,
     *,
-    cond: Tensor | None = None,
+    cond: Any = None,
     guidance: Guidance | None = None,
 ) -> ExportedProgram:
     """A sampler as a program of aten operators: for `torch.export.save` or AOTInductor.
@@ -70,7 +71,7 @@ def export_sampler(
         guide=None if weights is None else sampler.guide,
     )
     key = NoiseKey(0, device=sampler.device).tensor
-    inputs = (key,) if cond is None else (key, cond.to(sampler.device))
+    inputs = (key,) if cond is None else (key, each(lambda x: x.to(sampler.device), cond))
     program = _Program(sampler, shape, weights)
     with torch.no_grad(), eval_mode(program):
         traced = torch.export.export(program, inputs)
@@ -93,7 +94,7 @@ class _Program(nn.Module):
         self.shape = shape
         self.weights = weights
 
-    def forward(self, key: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, key: Tensor, cond: Any = None) -> Tensor:
         noise_key = NoiseKey.wrap(key)
         z = reference.noise(self.shape, noise_key, stream=rng.SAMPLE)
         engine = self.engine

@@ -7,18 +7,19 @@ batch size or order. Arithmetic is float32, or float64 where z is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastcm import rng
+from fastcm.networks.conditions import Null, check_rows
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops, solvers
-from fastcm.sampling.guidance import Evaluator, check_rows, guidance_weights
+from fastcm.sampling.guidance import Evaluator, guidance_weights
 from fastcm.sampling.guidance import Guidance as Guidance
 from fastcm.sampling.guidance import predict as predict
 from fastcm.sampling.levels import levels
@@ -44,9 +45,9 @@ def multistep(
     key: NoiseKey,
     *,
     times: Sequence[float],
-    cond: Tensor | None = None,
+    cond: Any = None,
     guidance: Guidance | None = None,
-    null_condition: Tensor | int | None = None,
+    null_condition: Null = None,
     guide: Network | None = None,
     first_sample: int = 0,
     start: Tensor | None = None,
@@ -105,9 +106,9 @@ def one_step(
     path: Path | Parameterization,
     z: Tensor,
     *,
-    cond: Tensor | None = None,
+    cond: Any = None,
     guidance: Guidance | None = None,
-    null_condition: Tensor | int | None = None,
+    null_condition: Null = None,
     guide: Network | None = None,
 ) -> Tensor:
     """x0 = f(sigma(t_max) z, t_max): one network evaluation. See `multistep`."""
@@ -132,9 +133,9 @@ def ode(
     *,
     times: Sequence[float],
     solver: SolverName = "euler",
-    cond: Tensor | None = None,
+    cond: Any = None,
     guidance: Guidance | None = None,
-    null_condition: Tensor | int | None = None,
+    null_condition: Null = None,
     guide: Network | None = None,
     churn: Churn | None = None,
     key: NoiseKey | None = None,
@@ -186,9 +187,9 @@ def flow_map(
     z: Tensor,
     *,
     times: Sequence[float],
-    cond: Tensor | None = None,
+    cond: Any = None,
     guidance: Guidance | None = None,
-    null_condition: Tensor | int | None = None,
+    null_condition: Null = None,
     guide: Network | None = None,
 ) -> Tensor:
     """Walk down with a network of two times: x_s = x_t - (t - s) u(x_t, t, s).
@@ -220,9 +221,9 @@ def _evaluator(
     net: Network,
     z: Tensor,
     times: Sequence[float],
-    cond: Tensor | None,
+    cond: Any,
     guidance: Guidance | None,
-    null_condition: Tensor | int | None,
+    null_condition: Null,
     guide: Network | None,
 ) -> Evaluator:
     check_rows(cond, len(z))

@@ -14,13 +14,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from fastcm import ops
-from fastcm.networks.protocol import Network, check_output, unconditional
+from fastcm.networks.conditions import Null, check_rows, joined, unconditional
+from fastcm.networks.protocol import Network, check_output
 from fastcm.ops.dispatch import is_traced
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
@@ -62,7 +63,7 @@ class Guided(NamedTuple):
     """A network output F_u + w (F - F_u) whose halves are not yet combined; F_u None: F alone."""
 
     F: Tensor
-    F_uncond: Tensor | None = None
+    F_uncond: Any = None
     weight: Weight = 1.0
     rows: Rows = rows
 
@@ -141,16 +142,15 @@ class Evaluator:
     Args:
         net: ``net(x, t, cond) -> F``.
         z: ``[B, ...]``, for the number of samples, the dtype and the device.
-        cond: tensor of B rows, or None.
+        cond: tensor of B rows, or containers of such, or None.
         weights: of the guidance, by time, from `guidance_weights`, or None. Where it is the number
             1 the conditional rows are evaluated alone.
-        null_condition: what stands for "no condition": a label, or a tensor that broadcasts to
-            `cond`.
+        null_condition: what stands for "no condition"; see `fastcm.networks.conditions.Null`.
         guide: ``guide(x, t, cond) -> F``, a worse network of the same parameterization, whose
             output under the same condition stands in for the unconditional one.
 
     Raises:
-        TypeError: `cond` is not a tensor.
+        TypeError: `cond` holds something that is no tensor.
         ValueError: `cond` has not B rows; weights without guide, cond or null_condition; a guide
             without weights.
 
@@ -163,14 +163,14 @@ class Evaluator:
         net: Network,
         z: Tensor,
         *,
-        cond: Tensor | None = None,
+        cond: Any = None,
         weights: Sequence[Weight] | None = None,
-        null_condition: Tensor | int | None = None,
+        null_condition: Null = None,
         guide: Network | None = None,
     ) -> None:
         check_rows(cond, len(z))
         self._net, self._guide, self._cond = net, guide, cond
-        self._both: Tensor | None = None
+        self._both: Any = None
         self._weights = weights
         if guide is not None and weights is None:
             raise ValueError("guide needs guidance, the weight of it, got None")
@@ -204,10 +204,10 @@ def predict(
     p: Parameterization,
     x: Tensor,
     t: Tensor,
-    cond: Tensor | None = None,
+    cond: Any = None,
     *,
     guidance: float | None = None,
-    null_condition: Tensor | int | None = None,
+    null_condition: Null = None,
 ) -> Tensor:
     """The network's output F at (x, t), with guidance F_u + w (F_c - F_u) if asked.
 
@@ -232,8 +232,8 @@ def _call(
     net: Network,
     inputs: Tensor,
     t: Tensor,
-    cond: Tensor | None,
-    both: Tensor | None = None,
+    cond: Any,
+    both: Any = None,
     weight: Weight = 1.0,
     s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -251,20 +251,14 @@ def _is_one(weight: Weight) -> bool:
     return not isinstance(weight, Tensor) and weight == 1.0
 
 
-def check_rows(cond: Tensor | None, n: int) -> None:
-    """Raise TypeError or ValueError unless `cond` is None or a tensor of n rows."""
-    if cond is not None and not isinstance(cond, Tensor):
-        raise TypeError(f"cond must be a tensor of one row per sample, got {type(cond).__name__}")
-    if cond is not None and cond.shape[:1] != (n,):
-        raise ValueError(f"cond must have one row per sample, {n}, got shape {list(cond.shape)}")
-
-
-def check_labels(cond: Tensor | None, net: nn.Module) -> None:
+def check_labels(cond: Any, net: nn.Module) -> None:
     """Raise ValueError for labels beyond the classes of a network that describes itself.
 
     Those on a GPU are not waited for.
     """
-    if cond is None or not cond.is_cpu or cond.is_floating_point() or cond.numel() == 0:
+    if not isinstance(cond, Tensor) or not cond.is_cpu or cond.is_floating_point():
+        return
+    if cond.numel() == 0:
         return
     classes = getattr(net, "description", {}).get("num_classes")
     if classes is None:
@@ -276,7 +270,7 @@ def check_labels(cond: Tensor | None, net: nn.Module) -> None:
         )
 
 
-def _both(cond: Tensor | None, null: Tensor | int | None) -> Tensor:
+def _both(cond: Any, null: Null) -> Any:
     if cond is None:
         raise ValueError("guidance needs cond, got None")
-    return torch.cat([cond, unconditional(cond, null)])
+    return joined(cond, unconditional(cond, null))

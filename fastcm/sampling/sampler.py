@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path as FilePath
-from typing import SupportsIndex, get_args
+from typing import Any, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastcm import networks
+from fastcm.networks.conditions import Null, check_rows, each, rows_of
+from fastcm.networks.protocol import check_signature
 from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
@@ -27,7 +29,7 @@ from fastcm.sampling.functions import (
     as_parameterization,
     check_descending,
 )
-from fastcm.sampling.guidance import Guidance, Weight, check_labels, check_rows, guidance_weights
+from fastcm.sampling.guidance import Guidance, Weight, check_labels, guidance_weights
 from fastcm.sampling.steps import Churn
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 
@@ -57,7 +59,7 @@ class Sampler:
             `fastcm.sampling.guidance.Evaluator`.
         batch_size: samples that are computed at once, at most.
         precision: "fp32", or "bf16": the network sees bfloat16, under autocast; the arithmetic
-            around it stays float32.
+            around it stays float32. One with weights in half precision sees that in any case.
         compile: run the network under torch.compile.
         graph: "auto", "on" (even if slower; an error where there can be none) or "off".
         device: default that of the network's parameters or buffers.
@@ -67,7 +69,7 @@ class Sampler:
     a sample does not depend on what it is padded with.
 
     Raises:
-        TypeError: path is none, steps or batch_size is no int.
+        TypeError: path is none, steps or batch_size is no int, a network is not callable as above.
         ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
             precision or graph, graph="on" without a GPU.
     """
@@ -84,7 +86,7 @@ class Sampler:
         churn: Churn | None = None,
         grid: Grid = UniformGrid(),
         shape: Sequence[int] | None = None,
-        null_condition: Tensor | int | None = None,
+        null_condition: Null = None,
         guide: nn.Module | None = None,
         batch_size: int = 512,
         precision: Precision = "fp32",
@@ -112,6 +114,9 @@ class Sampler:
                 raise TypeError(f"{name} must be an int, got {number!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        for name, module in (("net", net), ("guide", guide)):
+            if module is not None:
+                check_signature(name, module, two_times=method == "flow-map")
         self.parameterization = as_parameterization(path)
         if method == "flow-map":
             check_velocity(self.parameterization)
@@ -189,8 +194,9 @@ class Sampler:
                     "of the same architecture"
                 )
             net = networks.build(state["network"])
-        checkpoint.check_tensors(f"{found.path.name}", found.groups[group], net.state_dict())
-        net.load_state_dict(found.groups[group])
+        weights = found.groups[group]
+        checkpoint.check_tensors(f"{found.path.name}", weights, checkpoint.weights_of(net))
+        checkpoint.load_weights(net, weights)
         options = {"shape": state["shape"], "null_condition": state["null_condition"], **options}
         p = parameterization_from(state["parameterization"])
         return cls(net, p, device=device, **options)  # type: ignore[arg-type]
@@ -202,7 +208,7 @@ class Sampler:
         *,
         seed: int = 0,
         first_sample: int = 0,
-        cond: Tensor | None = None,
+        cond: Any = None,
         guidance: Guidance | None = None,
     ) -> Tensor:
         """Draw samples.
@@ -211,7 +217,7 @@ class Sampler:
             n: how many, or the whole shape ``[n, ...]``.
             seed: 0 <= seed < 2**63.
             first_sample: index of the first; samples do not depend on how they are batched.
-            cond: n rows of conditioning, or None.
+            cond: n rows of conditioning: a tensor, or containers of such, or None.
             guidance: weight of guidance, one per time, or a function w(t); a weight is a number,
                 or a tensor ``[n]`` of one per sample (``[times, n]`` for all times).
 
@@ -233,7 +239,8 @@ class Sampler:
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
             key = host_key(seed, first_sample + start)
-            rows = None if cond is None else padded(self._here(cond[start:end]), size)
+            rows = rows_of(cond, slice(start, end))
+            rows = None if rows is None else padded(self._here(rows), size)
             some = None if weights is None else of_samples(weights, start, end, size)
             self.engine(out[start:end], (size, *shape[1:]), key, rows, some)
         return out
@@ -245,7 +252,7 @@ class Sampler:
         batch: int | None = None,
         seed: int = 0,
         first_sample: int = 0,
-        cond: Tensor | Callable[[int, int], Tensor] | None = None,
+        cond: Any = None,
         guidance: Guidance | None = None,
         progress: bool = True,
     ) -> Iterator[Tensor]:
@@ -275,9 +282,8 @@ class Sampler:
             with Progress("sampling", total, show=progress) as bar:
                 for at in range(0, total, batch):
                     count, index = min(batch, total - at), first_sample + at
-                    rows = cond[at : at + count] if isinstance(cond, Tensor) else None
-                    if callable(cond):
-                        rows = cond(index, count)
+                    some = slice(at, at + count)
+                    rows = cond(index, count) if callable(cond) else rows_of(cond, some)
                     w = None if weights is None else of_samples(weights, at, at + count, count)
                     yield self(count, seed=seed, first_sample=index, cond=rows, guidance=w)
                     bar.advance(count)
@@ -287,7 +293,7 @@ class Sampler:
     def prepare(
         self,
         *sizes: int,
-        cond: Tensor | None = None,
+        cond: Any = None,
         guidance: Guidance | None = None,
     ) -> Sampler:
         """Compile and capture for batches of these sizes now, the largest first.
@@ -301,7 +307,7 @@ class Sampler:
         """
         weights = None if guidance is None else self._weights(guidance, 1)
         for size in sorted(set(sizes), reverse=True):
-            rows = None if cond is None else cond[:1].expand(size, *cond.shape[1:])
+            rows = None if cond is None else padded(rows_of(cond, slice(1)), size)
             for _ in range(self.engine.calls_to_prepare):
                 w = None if weights is None else of_samples(weights, 0, 1, size)
                 self(size, cond=rows, guidance=w)
@@ -311,12 +317,12 @@ class Sampler:
         like = torch.empty(n, 1, dtype=torch.float32, device=self.device)
         return guidance_weights(guidance, self.times, like)
 
-    def _here(self, cond: Tensor) -> Tensor:
+    def _here(self, cond: Any) -> Any:
         """On the sampler's device; a copy to a GPU is not waited for."""
-        return cond.to(self.device, non_blocking=self.device.type == "cuda")
+        return each(lambda x: x.to(self.device, non_blocking=self.device.type == "cuda"), cond)
 
     def _checked(
-        self, n: int | Sequence[int], seed: int, first_sample: int, cond: Tensor | None
+        self, n: int | Sequence[int], seed: int, first_sample: int, cond: Any
     ) -> tuple[int, ...]:
         """The shape of n samples, if they can be asked for."""
         shape = self._full_shape(n)

@@ -96,7 +96,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any], processes: Proce
         state.optimizer.load_state_dict(saved)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{found.path}: optimizer state does not fit: {error}") from error
-    state.net.load_state_dict(groups["model"])
+    checkpoint.load_weights(state.net, groups["model"])
     for i in range(len(state.update.averages)):
         state.update.load_weights(i, groups[f"average_{i}"])
     state.update.counts.copy_(groups["counters"]["counts"])

@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastcm.data import DeviceData, Source
 from fastcm.data.sources import IterableData
 from fastcm.losses import Learned
+from fastcm.networks.protocol import check_signature
 from fastcm.objectives.base import Objective
 
 
@@ -97,6 +98,7 @@ def check_teacher(objective: Objective, net: nn.Module, device: torch.device) ->
         metric.to(device)
     if not isinstance(teacher, nn.Module):
         return
+    check_signature("teacher", teacher)
     teacher.to(device)
     if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
         raise ValueError(
@@ -109,7 +111,9 @@ _TIME = ("time", "temb", "t_emb")
 
 
 def check_network(net: nn.Module, objective: Objective) -> None:
-    """What an objective needs of a network beyond ``net(x, t, cond)``."""
+    """What an objective needs of a network."""
+    check_signature("net", net, two_times=getattr(objective, "two_times", False))
+    _check_dtypes(net)
     _check_times(net, objective)
     weight = getattr(objective, "weight", None)
     if isinstance(weight, Learned) and not hasattr(net, "log_variance"):
@@ -126,6 +130,18 @@ def check_network(net: nn.Module, objective: Objective) -> None:
                 f"{name} computes with time in {half.pop()}: the derivative in t of "
                 f"{type(objective).__name__} is then noise; keep the layers of time in float32",
                 stacklevel=3,
+            )
+
+
+def _check_dtypes(net: nn.Module) -> None:
+    """Weights in float32 or bfloat16 can be trained."""
+    for name, parameter in net.named_parameters():
+        if parameter.dtype in (torch.float16, torch.float64):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            why = "gradients overflow" if dtype == "float16" else "data and times are float32"
+            raise ValueError(
+                f"{name} is {dtype}, where {why}: train net.float(), with precision='bf16' for "
+                "speed, or net.bfloat16()"
             )
 
 

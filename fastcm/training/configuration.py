@@ -9,6 +9,7 @@ from torch import nn
 
 from fastcm.data import Source
 from fastcm.objectives.base import Objective
+from fastcm.runs.checkpoint import plain
 from fastcm.runs.description import describe
 from fastcm.training.lr import Schedule
 from fastcm.training.settings import Settings
@@ -26,7 +27,7 @@ def configuration(
     net, gradients, spread = state.net, state.gradients, state.gradients.spread
     return {
         "objective": describe(gradients.objective) if spread is None else spread.objective,
-        "network": getattr(net, "description", None) or type_of(net),
+        "network": getattr(net, "description", None) or type_of(plain(net)),
         "averages": describe(state.update.averages),
         "optimizer": type(state.optimizer).__name__,
         "param_groups": [

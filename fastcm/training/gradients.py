@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fastcm.networks.conditions import rows_of
 from fastcm.networks.protocol import Network
 from fastcm.objectives.base import Batch, Loss, Objective
 from fastcm.ops.dispatch import Door, door
-from fastcm.precision import Autocast, Precision, check_precision
+from fastcm.precision import Autocast, Precision, check_precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.training.blocks import compile_blocks
 from fastcm.training.mean_gradients import MeanGradients
@@ -41,7 +42,7 @@ class Gradients:
         objective: the method.
         target_net: the average that serves as target, or None.
         precision: "fp32", or "bf16": the networks run under autocast and see bfloat16 inputs; the
-            arithmetic around them stays float32.
+            arithmetic around them stays float32. Always bf16 for a student with such weights.
         compile: True, False, "auto": time both at the first step and keep the faster, or
             "regional": compile the repeated blocks of the networks, which is quicker to do for a
             deep one. On a GPU both of these compile times and coefficients in any long run.
@@ -83,7 +84,9 @@ class Gradients:
         self.net = net
         self.objective = objective
         self.target_net = target_net
-        self.precision = precision
+        self.precision: Precision = "bf16" if half_of(net) is torch.bfloat16 else precision
+        if self.precision != precision:
+            log("precision: bf16, as the weights are")
         self.accumulate = accumulate
         self.paired = paired
         self.processes = processes or Processes()
@@ -119,9 +122,7 @@ class Gradients:
         drops = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
         return drops and getattr(self.objective, "shares_weights", False)
 
-    def __call__(
-        self, x0: Tensor, cond: Tensor | None, key: NoiseKey, *, remaining: int = 1
-    ) -> Tensor:
+    def __call__(self, x0: Tensor, cond: Any, key: NoiseKey, *, remaining: int = 1) -> Tensor:
         """Add the gradients of the mean loss to the parameters; returns the loss, detached.
 
         Args:
@@ -144,7 +145,7 @@ class Gradients:
             self.spread.forget()
         return loss
 
-    def _prepared(self, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> MeanGradients:
+    def _prepared(self, x0: Tensor, cond: Any, key: NoiseKey) -> MeanGradients:
         """Averages gradients from the first step as from any later one.
 
         It sums them in the order of their first arrival, so that has to be before: two passes that
@@ -164,7 +165,7 @@ class Gradients:
         self,
         compiled: bool,
         x0: Tensor,
-        cond: Tensor | None,
+        cond: Any,
         key: NoiseKey,
         mean: MeanGradients | None = None,
     ) -> Tensor:
@@ -181,7 +182,7 @@ class Gradients:
         self,
         loss: Callable[..., Loss],
         x0: Tensor,
-        cond: Tensor | None,
+        cond: Any,
         key: NoiseKey,
         mean: MeanGradients | None = None,
     ) -> Tensor:
@@ -195,7 +196,7 @@ class Gradients:
         total = torch.zeros((), dtype=torch.float64, device=x0.device)
         at = key.tensor.clone()
         for rows in range(0, len(x0), count):
-            part = (x0[rows : rows + count], None if cond is None else cond[rows : rows + count])
+            part = (x0[rows : rows + count], rows_of(cond, slice(rows, rows + count)))
             if mean is None:
                 value = loss(*part, at)
             else:
@@ -206,7 +207,7 @@ class Gradients:
             at[2] += count
         return total.to(value.mean.dtype)
 
-    def _loss(self, x0: Tensor, cond: Tensor | None, key: Tensor) -> Loss:
+    def _loss(self, x0: Tensor, cond: Any, key: Tensor) -> Loss:
         bf16 = self.precision == "bf16"
         x0, z = (x0[:, 0], x0[:, 1]) if self.paired else (x0, None)
         batch = Batch(
@@ -229,7 +230,7 @@ class Gradients:
         mean, per_sample, output, gradient, also = loss
         return Loss(mean.detach(), per_sample.detach(), output, gradient, also)
 
-    def _choose(self, x0: Tensor, cond: Tensor | None, key: NoiseKey, remaining: int) -> bool:
+    def _choose(self, x0: Tensor, cond: Any, key: NoiseKey, remaining: int) -> bool:
         with _undone(self.net, self._parameters, x0.device):
             eager = self._time(False, x0, cond, key)
             if remaining * eager < _WORTH_COMPILING_S:
@@ -250,7 +251,7 @@ class Gradients:
         )
         return chosen
 
-    def _time(self, compiled: bool, x0: Tensor, cond: Tensor | None, key: NoiseKey) -> float:
+    def _time(self, compiled: bool, x0: Tensor, cond: Any, key: NoiseKey) -> float:
         """Seconds a step, the median of a few after one to warm up."""
         seconds = []
         for _ in range(1 + _TIMED_STEPS):

@@ -222,6 +222,11 @@ def check(net: nn.Module, objective: Objective, optimizer: Optimizer) -> None:
 def _check_network(what: str, net: nn.Module) -> None:
     if any(map(is_dtensor, net.parameters())):
         raise ValueError(f"{what} is sharded already: give it whole, the trainer shards it")
+    if any(hasattr(module, "_orig_mod") for module in net.modules()):
+        raise ValueError(
+            f"{what} is compiled already: give it as it was before, with compile='regional' if it "
+            "is to be"
+        )
     for name, p in net.named_parameters():
         if p.dim() == 0:
             raise ValueError(

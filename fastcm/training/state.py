@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastcm.optim import sharding
 from fastcm.rng import NoiseKey
-from fastcm.runs.checkpoint import digest
+from fastcm.runs.checkpoint import digest, weights_of
 from fastcm.training.gradients import Gradients
 from fastcm.training.update import Update
 
@@ -57,7 +57,7 @@ class State:
         """The live tensors of the same networks, by group and name in a checkpoint."""
         count = len(self.update.averages)
         averages = {f"average_{i}": self.update.weights(i) for i in range(count)}
-        return {"model": self.net.state_dict(), **averages}
+        return {"model": weights_of(self.net), **averages}
 
     def summary(self) -> dict[str, Any]:
         """The step, and a fingerprint of the student's weights if this process has them all."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from fastcm import graphs
 from fastcm.data import DeviceData, Source
 from fastcm.graphs import Graphed, Side
+from fastcm.networks.conditions import each, layout, rows_of
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
 from fastcm.training.gradients import Gradients
@@ -67,7 +68,7 @@ class Step:
         self.key = key
         self.shape: torch.Size | None = None
         self._optimizer = optimizer
-        self._static: tuple[Tensor, Tensor | None] | None = None
+        self._static: tuple[Tensor, Any] | None = None
         self._remaining = 1
         self._graphed: Graphed | None = None
         obstacle = self._obstacle()
@@ -130,26 +131,23 @@ class Step:
         x0, cond = self.source.draw(step, self.batch_size)
         if len(self.rows) < self.batch_size:
             mine = slice(self.rows.start, self.rows.stop)
-            x0, cond = x0[mine], None if cond is None else cond[mine]
+            x0, cond = x0[mine], rows_of(cond, mine)
         if not static:
             self._static = (x0, cond)
             return
         if self._static is None:  # copies: a source may hand out what it goes on holding
-            self._static = (x0.clone(), None if cond is None else cond.clone())
+            self._static = (x0.clone(), None if cond is None else each(Tensor.clone, cond))
             return
         held, held_cond = self._static
-        if (
-            x0.shape != held.shape
-            or x0.dtype != held.dtype
-            or (cond is None) != (held_cond is None)
-        ):
+        now, before = ([layout(x, "x"), layout(c)] for x, c in ((x0, cond), self._static))
+        if now != before or len(x0) != len(held):
             raise ValueError(
-                f"step {step} has x {x0.dtype} {list(x0.shape)}, those before {held.dtype} "
-                f"{list(held.shape)}: a captured step needs the same of every batch"
+                f"step {step} has {len(x0)} rows of {now}, those before {len(held)} of {before}: "
+                "a captured step needs the same of every batch"
             )
         held.copy_(x0, non_blocking=True)
-        if cond is not None and held_cond is not None:
-            held_cond.copy_(cond, non_blocking=True)
+        if cond is not None:
+            each(lambda old, new: old.copy_(new, non_blocking=True), held_cond, cond)
 
     def _work(self) -> Tensor:
         if isinstance(self.source, DeviceData):

@@ -16,6 +16,7 @@ from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import sharding
 from fastcm.optim.one_sweep import OneSweep
+from fastcm.runs.checkpoint import load_weights, weights_of
 
 
 class Update(ABC):
@@ -47,11 +48,11 @@ class Update(ABC):
 
     def weights(self, i: int) -> dict[str, Tensor]:
         """The i-th average by the names of the network: live tensors, to be saved."""
-        return self.networks[i].state_dict()
+        return weights_of(self.networks[i])
 
     def load_weights(self, i: int, weights: Mapping[str, Tensor]) -> None:
         """Set the i-th average, in place."""
-        self.networks[i].load_state_dict(weights)
+        load_weights(self.networks[i], weights)
 
     def network_of(self, average: Average | None) -> nn.Module | None:
         """The network with this average of the weights; None for none."""

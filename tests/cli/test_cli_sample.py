@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_sample_folder import CLASSES, files, network
 
 import fastcm
@@ -193,3 +194,58 @@ def test_a_guide_of_other_samples_is_refused(
     guided = ("--guidance", 2, "--guide", tmp_path / "other")
     code, _, error = here(monkeypatch, capsys, command(run, tmp_path / "out", *guided))
     assert code == 2 and "has samples (1, 8, 8)" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_rows_of_a_file_condition_the_samples_in_turn(
+    suffix: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labels = torch.tensor([1, 0, 1])
+    file = tmp_path / f"labels{suffix}"
+    if suffix == ".safetensors":
+        save_file({"labels": labels}, file)
+    elif suffix == ".npz":
+        np.savez(file, labels=labels.numpy())
+    else:
+        np.save(file, labels.numpy())
+
+    def drawn(name: str, *options: object) -> Any:
+        code, _, error = here(monkeypatch, capsys, command(run, tmp_path / name, *options))
+        assert code == 0, error
+        return tmp_path / name
+
+    whole = np.load(drawn("a.npy", "--n", 40, "--cond", file))
+    for label in (0, 1):
+        same = np.load(drawn(f"{label}.npy", "--n", 40, "--label", label))
+        at = (labels[torch.arange(40) % 3] == label).numpy()
+        np.testing.assert_array_equal(whole[at], same[at])
+    part = np.load(drawn("b.npy", "--first", 7, "--n", 5, "--cond", file))
+    np.testing.assert_allclose(part, whole[7:12], rtol=1e-4, atol=1e-6)
+    folder = drawn("folder", "--n", 40, "--cond", file, "--format", "npz")
+    held = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+    assert np.concatenate([h["arr_1"] for h in held]).tolist() == labels.repeat(14)[:40].tolist()
+    code, _, error = here(monkeypatch, capsys, command(run, folder, "--n", 40, "--format", "npz"))
+    assert code == 2 and "cond" in error
+
+
+def test_a_condition_that_cannot_be_read_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "ragged.npz", a=np.zeros(3), b=np.zeros(2))
+    np.save(tmp_path / "far.npy", np.full(3, CLASSES + 1))
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    for options, words in (
+        (["none.npy"], "no such file"),
+        (["labels.txt"], "must be a .npy, .npz or .safetensors file"),
+        (["ragged.npz"], "as many rows of each array"),
+        (["bad.safetensors"], "is not a readable .safetensors file"),
+        (["far.npy"], "must hold labels in"),
+        (["far.npy", "--label", "1"], "--label has no meaning beside --cond"),
+    ):
+        given = ["--cond", tmp_path / options[0], *options[1:]]
+        code, _, error = here(monkeypatch, capsys, command(run, tmp_path / "x.npy", *given))
+        assert code == 2 and words in " ".join(error.split()), (options, error)

@@ -515,7 +515,7 @@ def test_generator_that_ends_is_refused() -> None:
 def test_batch_unlike_the_first_is_refused(second: object) -> None:
     source = IterableData([torch.zeros(2, 1), second], "cpu")
     source.draw(0, 2)
-    with pytest.raises(ValueError, match="must look like the first"):
+    with pytest.raises(ValueError, match="every batch must be as the first"):
         source.draw(1, 2)
 
 
@@ -526,7 +526,7 @@ def test_item_that_is_no_batch_is_refused(item: object) -> None:
 
 
 def test_condition_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="cond must have 2 rows"):
+    with pytest.raises(ValueError, match="cond must have one row per sample, 2"):
         IterableData([(torch.zeros(2, 1), torch.zeros(3))], "cpu").draw(0, 2)
 
 

@@ -191,7 +191,7 @@ def test_compiled_ahead_of_time_a_program_draws_the_same(tmp_path: Path) -> None
         (2.5, {}, {}, ValueError, "n must be an int >= 1, got 2.5"),
         (4, {"shape": None}, {}, ValueError, "shape"),
         (4, {}, {"cond": torch.zeros(3)}, ValueError, "cond must have one row per sample, 4"),
-        (4, {}, {"cond": [0] * 4}, TypeError, "cond must be a tensor"),
+        (4, {}, {"cond": [0] * 4}, TypeError, r"cond\[0\] must be a tensor"),
         (4, {}, {"guidance": 2.0}, ValueError, "guidance needs cond"),
         (4, {}, {"cond": torch.zeros(4), "guidance": 2.0}, ValueError, "null_condition"),
         (4, {}, {"cond": torch.zeros(4), "guidance": [2.0, 2.0]}, ValueError, "2 weights"),

@@ -148,9 +148,9 @@ def test_guidance_that_does_not_fit_is_refused_before_any_call(method, settings,
 
 def test_other_misuse_is_named():
     z = torch.randn(4, 2)
-    with pytest.raises(TypeError, match="cond must be a tensor"):
+    with pytest.raises(TypeError, match=r"cond(\[0\])? must be a tensor"):
         run(Labelled(), "euler", z, cond=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="append_weight needs cond or n"):
         sampling.append_weight(None, 2.0)
-    with pytest.raises(ValueError, match=r"cond must be \[B\] or \[B, C\]"):
+    with pytest.raises(ValueError, match=r"cond must be \[B\], \[B, C\] or a dict"):
         sampling.append_weight(torch.zeros(2, 3, 4), 2.0)

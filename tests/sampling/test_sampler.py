@@ -243,7 +243,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         ({"n": 2, "first_sample": -3}, ValueError, "first_sample must be in"),
         ({"n": 2, "first_sample": 2**32 - 1}, ValueError, r"first_sample \+ n must be <= 2\*\*32"),
         ({"n": 2, "cond": torch.zeros(3)}, ValueError, "one row per sample, 2, got shape"),
-        ({"n": 2, "cond": [0, 1]}, TypeError, "cond must be a tensor"),
+        ({"n": 2, "cond": [0, 1]}, TypeError, r"cond\[0\] must be a tensor"),
         ({"n": 2, "guidance": 2.0}, ValueError, "guidance needs cond"),
         ({"n": 2, "guidance": [2.0]}, ValueError, "one weight for each of the 2 times"),
     ],
