@@ -183,12 +183,82 @@ def parallel_table(report: dict[str, Any]) -> str:
         f"| {row['ms']['alone']:.1f} ms | {row['ms']['ddp']:.1f} ms "
         f"| {100 * (row['ddp/alone'] - 1):+.1f} %"
         for row in report["rows"]
+        if "ddp/alone" in row
     ]
     note = (
         f"A step of CT in one process, without and in a process group, on {machine_of(report)}; "
         "both end in the same bits."
     )
     return markdown("network | parameters | batch | alone | ddp | more", rows, note)
+
+
+def data_table(report: dict[str, Any]) -> str:
+    """Rows a second of each source, and what of a step they take."""
+    drawn = [row for row in report["rows"] if "rows_s" in row]
+    (step,) = (row for row in report["rows"] if "draw/step" in row)
+    names = list(drawn[0]["rows_s"])
+    rows = [
+        f"{row['batch']} | " + " | ".join(f"{row['rows_s'][name]:,.0f}" for name in names)
+        for row in drawn
+    ]
+    first = drawn[0]
+    note = (
+        f"Rows of uint8 {first['shape']} a second, of {first['rows']:,}, in shards of "
+        f"{first['shard']:,} with a window of {first['window']} on a local disk whose pages may be "
+        "in memory; `rows` are those of a tensor in a data set of torch, without workers. Drawing "
+        f"a batch of {step['batch']} from shards takes {100 * step['draw/step']:.3f} % of a step "
+        f"of CT of {step['network']}. On {machine_of(report)}, of {first['cores']} that had other "
+        f"work, too: the load was {min(r['load'] for r in report['rows']):.0f} to "
+        f"{max(r['load'] for r in report['rows']):.0f}."
+    )
+    return markdown("batch | " + " | ".join(names), rows, note)
+
+
+def _notes(report: dict[str, Any]) -> str:
+    """What was noted of rows when they were measured."""
+    notes = sorted({row["note"] for row in report["rows"] if "note" in row})
+    return "".join(f" {note}" for note in notes)
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """A step in one process and in two."""
+    rows = [
+        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['batch']} "
+        f"| {row['ms']['one']:.1f} ms | {row['ms']['two']:.1f} ms | {row['one/two']:.2f}"
+        for row in report["rows"]
+        if "one/two" in row
+    ]
+    note = (
+        "A step of CT on the same batch in one process and in two, of one thread each, on the two "
+        f"cores of one machine, torch {report['machine']['torch']}; the weights agree to rounding."
+        + _notes(report)
+    )
+    columns = "network | parameters | batch | 1 process | 2 processes | times as fast"
+    return markdown(columns, rows, note)
+
+
+def plan_table(report: dict[str, Any]) -> str:
+    """What `fastcm plan` predicted, and what was measured."""
+    rows = [
+        f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['batch']} | {row['processes']} "
+        f"| {row['predicted ms']:.0f} ms | {row['measured ms']:.0f} ms "
+        f"| {100 * (row['predicted/measured ms'] - 1):+.0f} % "
+        f"| {100 * (row['predicted/measured sweep ms'] - 1):+.0f} % "
+        f"| {row['predicted bytes'] / 1e6:.0f} MB | {row['measured bytes'] / 1e6:.0f} MB "
+        f"| {100 * (row['predicted/measured bytes'] - 1):+.0f} %"
+        for row in report["rows"]
+    ]
+    note = (
+        "A step of CT as planned by ceilings that the same processes measured between the steps, "
+        f"and as measured, the best round of each; one thread each, torch "
+        f"{report['machine']['torch']}. Errors of the step, of its sweep alone, and of the most "
+        "memory of a process beside data and libraries." + _notes(report)
+    )
+    columns = (
+        "network | parameters | batch | processes | step, planned | measured | error "
+        "| of the sweep | memory, planned | measured | error"
+    )
+    return markdown(columns, rows, note)
 
 
 def codegen_summary(report: dict[str, Any]) -> str:
@@ -220,12 +290,17 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "codegen": ("codegen", codegen_summary),
     "quality": ("quality_cpu", quality_table),
     "parallel": ("parallel_cpu", parallel_table),
+    "scaling": ("parallel_cpu", scaling_table),
+    "plan": ("plan_cpu", plan_table),
+    "data": ("data_cpu", data_table),
     "photographs": ("quality_photographs_cpu", quality_table),
 }
+ELSEWHERE = ("photographs", "parallel", "scaling", "plan", "data")
 PAGES = {
-    "README.md": tuple(name for name in SECTIONS if name not in ("photographs", "parallel")),
+    "README.md": tuple(name for name in SECTIONS if name not in ELSEWHERE),
     "docs/methods.md": ("quality", "photographs"),
-    "docs/scale.md": ("parallel",),
+    "docs/scale.md": ("parallel", "scaling", "plan"),
+    "docs/data.md": ("data",),
 }
 
 

@@ -2,8 +2,8 @@
 
 The wings, each of which imports only those before it: the maths (`rng`, `paths`,
 `parameterization`, `schedules`, `losses`, `ema`), `ops`, `networks`, `objectives`, `runs`, `data`,
-`optim`, `sampling`, `training`, `evaluation`, `hub`, `cli`. docs/architecture.md is a walk through
-them.
+`optim`, `planning`, `sampling`, `training`, `evaluation`, `adapters`, `hub`, `cli`.
+docs/architecture.md is a walk through them.
 """
 
 import sys

@@ -23,6 +23,7 @@ TIME = 1
 DATA = 2
 CONDITION = 3
 LEVEL = 4
+SHARDS = 5
 SAMPLE = 16
 """First of the sampler's streams: evaluation j draws from ``SAMPLE + j``."""
 

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 from operator_cases import OPERATORS
 from recorded_graphs import recorded_graphs as recorded_graphs
+from their_noise import our_noise as our_noise
 
 from fastcm.kernels import native
 from fastcm.objectives import base

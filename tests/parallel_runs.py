@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from data_runs import Augmented, Counting, sharded
 from torch import Tensor, nn
 
 import fastcm
@@ -23,6 +24,7 @@ from fastcm import (
     MeanFlow,
     Shortcut,
     Trainer,
+    data,
 )
 from fastcm.networks import MLP
 from fastcm.runs.checkpoint import list_checkpoints
@@ -99,6 +101,8 @@ INVARIANT: dict[str, Callable[..., Trainer]] = {
     "shortcut": lambda **o: trainer(Shortcut(every=4), **o),
     "idle-parameter": lambda **o: trainer(FlowMatching(), mlp(log_variance=True), **o),
     "sgd": by_sgd,
+    "rows": lambda **o: trainer(FlowMatching(), data=Augmented(DATA), **o),
+    "shards": lambda **o: trainer(FlowMatching(), data=sharded(DATA), **o),
     "flow-bf16": lambda **o: trainer(FlowMatching(), precision="bf16", **o),
 }
 """Trainings that must not depend on how many processes share them."""
@@ -233,6 +237,23 @@ def what_one_process_chose_for_compiling_all_do(_: Path) -> None:
     run.state.gradients._choose = differing(lambda *a: False, None)  # type: ignore
     run.fit(1)
     assert run.state.gradients.compiled is False
+
+
+@case
+def each_process_goes_on_where_its_own_data_stood(folder: Path) -> None:
+    def make(**options: Any) -> tuple[Trainer, Counting]:
+        held = Counting(dist.get_rank(), 8)
+        given = data.Batches(held, per_process=True)
+        return trainer(parallel="ddp", data=given, directory=folder, **options), held
+
+    run, _ = make()
+    run.fit(3)
+    run, held = make()
+    run.load().fit(2)
+    assert held.handed_out == [3, 4] and same_everywhere(run)
+    dist.barrier()
+    alone = trainer(data=Counting(dist.get_rank(), 16))
+    refused("position in the data of 2 processes, there are 1", lambda: alone.load(folder))
 
 
 def work(rank: int, world: int, port: int, folder: str, cases: bool) -> None:

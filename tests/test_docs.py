@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/architecture.md",
-    "docs/networks.md",
-    "docs/scale.md",
-]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+PAGES = ("architecture", "networks", "scale", "data", "diffusers")
+DOCUMENTS += [f"docs/{name}.md" for name in PAGES]
 FILE = re.compile(r"`((?:fastcm|kernels|tests|benchmarks|docs|examples)/[\w./*]*)`")
 
 

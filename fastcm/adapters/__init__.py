@@ -1,1 +1,4 @@
-"""Networks of other libraries under this package's protocol; nothing of theirs is imported."""
+"""Models of other libraries as networks under this package's protocol, and back into their folders.
+
+A library is imported when it is needed, by the functions that read or write its files.
+"""

@@ -19,6 +19,7 @@ from fastcm.cli.consolidate import consolidate
 from fastcm.cli.evaluate import evaluate
 from fastcm.cli.export import export
 from fastcm.cli.pairs import pairs
+from fastcm.cli.plan import plan
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
@@ -38,6 +39,7 @@ app.command()(pairs)
 app.command()(evaluate)
 app.command()(consolidate)
 app.command()(export)
+app.command(name="plan")(plan)
 app.add_typer(plot.app, name="plot")
 
 

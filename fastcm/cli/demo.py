@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.runs import open_run
+from fastcm.data import Dataset
 from fastcm.evaluation import consistency_gap, frechet, sliced_wasserstein
 from fastcm.evaluation.pictures import save_rows
 from fastcm.runs.checkpoint import list_checkpoints, replace_file
@@ -44,6 +45,7 @@ def run(out: Path, console: Console) -> None:
     cd_s = time.perf_counter() - start - flow_s
 
     train_data, held_out = FLOW.datasets()
+    assert isinstance(train_data, Dataset)
     n = len(train_data)
     samples: dict[str, tuple[str, Tensor]] = {"training data": ("-", train_data.x)}
     for name, where, steps, method in (

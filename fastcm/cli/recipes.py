@@ -26,7 +26,7 @@ from fastcm.cli.tables import (
     TWO_TIMES,
     WEIGHTS,
 )
-from fastcm.data import Dataset
+from fastcm.data import Dataset, Shards
 from fastcm.ema import EMA
 from fastcm.objectives import (
     ConsistencyDistillation,
@@ -46,6 +46,9 @@ from fastcm.parameterization import Parameterization
 from fastcm.sampling import Sampler
 from fastcm.training import Trainer, warmup_cosine
 from fastcm.training.lr import restarted
+
+IN_MEMORY = 10_000
+"""Rows that commands which compare samples with data read of shards."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ class Recipe:
         """The learning rate, 1e-3 unless given."""
         return 1e-3 if self.lr is None else self.lr
 
-    def datasets(self) -> tuple[Dataset, Dataset]:
-        """Training and held-out data."""
+    def datasets(self) -> tuple[Dataset | Shards, Dataset]:
+        """Training and held-out data; of shards some of those that are held out."""
         whole = data.load(self.data, size=self.size, channels=self.channels)
         if self.conditional and whole.labels is None:
             raise ValueError(f"--conditional needs labels, and {self.data} has none")
@@ -148,9 +151,10 @@ class Recipe:
             whole = whole.without_labels()
         if self.method == "pairs" and not whole.paired:
             raise ValueError(f"--method pairs needs the folder of `fastcm pairs`, got {self.data}")
-        return whole.split(self.held_out)
+        train, held = whole.split(self.held_out)
+        return train, held.to_memory(IN_MEMORY) if isinstance(held, Shards) else held
 
-    def network(self, dataset: Dataset) -> nn.Module:
+    def network(self, dataset: Dataset | Shards) -> nn.Module:
         """The network for data of this shape, initialised from the seed."""
         shape = dataset.shape
         description: dict[str, object] = {"name": self.net, "num_classes": dataset.num_classes}
@@ -179,7 +183,7 @@ class Recipe:
             torch.manual_seed(self.seed)
             return networks.build(description)
 
-    def objective(self, dataset: Dataset, teacher: Sampler | None) -> Objective:
+    def objective(self, dataset: Dataset | Shards, teacher: Sampler | None) -> Objective:
         """The training method with its options."""
         p = self.parameterization
         options: dict[str, Any] = {"parameterization": p}
@@ -296,8 +300,7 @@ class Recipe:
                 warmup_cosine(min(self.warmup, every // 4), every, self.lr_floor), every
             )
             options["keep_every"] = options.get("keep_every") or every
-        # shards are gathered between the blocks of a network, which are compiled alone
-        on = "regional" if options.get("parallel") == "fsdp" else True
+        on = "regional" if options.get("parallel") == "fsdp" else True  # blocks are gathered alone
         # iCT and ECT are defined with RAdam
         optimizer: Optimizer = (RAdam if self.method in ("ict", "ect") else AdamW)(
             net.parameters(), self.lr_rate, weight_decay=0.0
@@ -318,7 +321,7 @@ class Recipe:
             **options,
         )
 
-    def _load(self, option: str, run: str, dataset: Dataset, net: nn.Module) -> Sampler:
+    def _load(self, option: str, run: str, dataset: Dataset | Shards, net: nn.Module) -> Sampler:
         """The network of a run, whose weights `net` takes over."""
         sampler = Sampler.from_run(run)
         theirs = sampler.parameterization

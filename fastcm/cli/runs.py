@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from fastcm import hub
-from fastcm.cli.recipes import Recipe
-from fastcm.data import Dataset, as_source
+from fastcm.cli.recipes import IN_MEMORY, Recipe
+from fastcm.data import Dataset, Shards, as_source
 from fastcm.data.datasets import as_condition, condition_of, read_arrays
 from fastcm.networks.conditions import named, rows_of
 from fastcm.runs import checkpoint
@@ -105,7 +105,7 @@ def of_run(directory: Path) -> Recipe:
 
 
 def datasets(run: Path) -> tuple[Dataset, Dataset]:
-    """Training and held-out data of a run.
+    """Training and held-out data of a run; of shards the first rows.
 
     Raises:
         FileNotFoundError, ValueError: no run of ``fastcm train``, or its data has changed since.
@@ -116,6 +116,8 @@ def datasets(run: Path) -> tuple[Dataset, Dataset]:
     changed = differences(found.state["config"]["data"], source.describe())
     if changed:
         raise ValueError(f"the data of {run} is not what it was trained on: {'; '.join(changed)}")
+    if isinstance(train_data, Shards):
+        train_data = train_data.to_memory(IN_MEMORY)
     return train_data, held_out
 
 

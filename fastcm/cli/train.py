@@ -42,7 +42,9 @@ def train(
     out: Annotated[Path, typer.Option(help="directory of the run: checkpoints and metrics")],
     data: Annotated[
         str,
-        typer.Option(help='"digits", "photographs", a folder of images or pairs, .npy or .npz'),
+        typer.Option(
+            help='"digits", "photographs", a folder of images, shards or pairs, .npy or .npz'
+        ),
     ] = "digits",
     method: Annotated[
         str,
@@ -57,6 +59,9 @@ def train(
     width: Annotated[int | None, typer.Option(help="of the network; its default if absent")] = None,
     steps: Annotated[int, typer.Option(help="training steps in all")] = 1000,
     batch: Annotated[int, typer.Option(help="samples a step")] = 256,
+    accumulate: Annotated[
+        int, typer.Option(help="micro-batches that a batch is cut into, to save memory")
+    ] = 1,
     size: Annotated[int | None, typer.Option(help="resize and crop a folder's images")] = None,
     channels: Annotated[int | None, typer.Option(help="of a folder's images: 1, 3 or 4")] = None,
     held_out: Annotated[float, typer.Option(help="share of the data kept for evaluation")] = 0.2,
@@ -163,7 +168,7 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         # a network that all hold together, all draw from
         every = given["sample_every"] if processes.first or given["parallel"] == "fsdp" else 0
         saved = ("save_every", "keep", "keep_every", "tensorboard", "log_every")
-        passed = (*saved, "parallel", "checkpoint")
+        passed = (*saved, "parallel", "checkpoint", "accumulate")
         trainer = recipe.trainer(
             out,
             device=given["device"] or local_device(),

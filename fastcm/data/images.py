@@ -7,18 +7,18 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from fastcm.data.datasets import IMAGE_MODES, Dataset
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _NAMED_SKIPS = 5
 
 
-def _demo(module: str) -> Any:
+def demo_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -27,7 +27,7 @@ def _demo(module: str) -> Any:
 
 def digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits: uint8 ``[1797, 1, 8, 8]``, 10 classes."""
-    bunch = _demo("sklearn.datasets").load_digits()
+    bunch = demo_module("sklearn.datasets").load_digits()
     x = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8)
     return Dataset(x[:, None], torch.from_numpy(bunch.target), 10)
 
@@ -46,9 +46,10 @@ def photographs(count: int = 4096, *, size: int = 32, seed: int = 0) -> Dataset:
     Raises:
         ValueError: count or size is out of range.
     """
-    _demo("PIL")
+    demo_module("PIL")
     whole = [
-        torch.from_numpy(p.copy()) for p in _demo("sklearn.datasets").load_sample_images().images
+        torch.from_numpy(p.copy())
+        for p in demo_module("sklearn.datasets").load_sample_images().images
     ]
     height, width = whole[0].shape[:2]
     if count < 2 or not 1 <= size <= min(height, width):
@@ -96,17 +97,17 @@ def image_folder(
         raise ValueError(f"channels must be one of {sorted(IMAGE_MODES)}, got {channels}")
     if size is not None and size < 1:
         raise ValueError(f"size must be >= 1, got {size}")
-    _demo("PIL")
+    demo_module("PIL")
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     kept: list[Path] = []
     skipped: list[tuple[Path, str]] = []
     x = torch.empty(0, dtype=torch.uint8, device="cpu")
     for file in files:
         try:
-            image = _read_image(file, size, channels)
+            image = read_image(file, size, channels)
         except Exception as error:  # decoders raise many kinds on damaged files
             skipped.append((file, f"{type(error).__name__}: {error}"))
             if on_skip is not None:
@@ -134,8 +135,13 @@ def image_folder(
     return Dataset(x[: len(kept)], labels, len(classes))
 
 
-def _read_image(file: Path, size: int | None, channels: int) -> Tensor:
-    Image, ImageOps = _demo("PIL.Image"), _demo("PIL.ImageOps")
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image anywhere in a folder."""
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+
+
+def read_image(file: Path | IO[bytes], size: int | None, channels: int) -> Tensor:
+    Image, ImageOps = demo_module("PIL.Image"), demo_module("PIL.ImageOps")
     with Image.open(file) as opened:
         if opened.mode[0] in "IF":
             raise ValueError(f"more than 8 bits per channel (mode {opened.mode})")

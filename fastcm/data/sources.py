@@ -1,29 +1,36 @@
 """The sources of batches that training draws from.
 
 A `Source` answers ``draw(step, batch_size)``: `DeviceData` by a permutation that is a pure
-function of (seed, epoch), so that a resumed, re-batched or distributed run sees the same rows;
-`IterableData` by reading a loader in its own order.
+function of (seed, epoch), so that a resumed, re-batched or distributed run sees the same rows, as
+do `RowData` (`fastcm.data.rows`) and `ShardData` (`fastcm.data.shard_data`) without all of them
+in memory; `IterableData` by reading a loader in its own order.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from fastcm import ops, rng
+from fastcm import rng
+from fastcm.data.batches import Batches
 from fastcm.data.datasets import Dataset as Dataset
 from fastcm.data.datasets import array_file as array_file
 from fastcm.data.datasets import as_condition, as_samples
 from fastcm.data.datasets import to_unit as to_unit
+from fastcm.data.drawing import Upload, permutation, picked
 from fastcm.data.images import digits as digits
 from fastcm.data.images import image_folder as image_folder
 from fastcm.data.loading import load as load
-from fastcm.networks.conditions import check_rows, each, layout, named
+from fastcm.data.rows import RowData, Rows, has_rows, rows_of_loader
+from fastcm.data.shard_data import ShardData
+from fastcm.data.shards import Shards
+from fastcm.networks.conditions import check_rows, each, layout, named, rows_of
 from fastcm.runs.checkpoint import digest
 
 Batch = tuple[Tensor, Any]
@@ -40,6 +47,26 @@ class Source(Protocol):
     def describe(self) -> dict[str, object]:
         """JSON-able: what must agree for a run to be resumed."""
         ...
+
+
+@runtime_checkable
+class RowSource(Source, Protocol):
+    """A source of which a process can have its own rows, without the others being read."""
+
+    def draw_rows(self, step: int, batch_size: int, rows: range) -> Batch:
+        """Those rows of the batch of a step."""
+        ...
+
+
+def draw_rows(source: Source, step: int, batch_size: int, rows: range) -> Batch:
+    """Some rows of a step's batch, from any source."""
+    if isinstance(source, RowSource):
+        return source.draw_rows(step, batch_size, rows)
+    x, cond = source.draw(step, batch_size)
+    if len(rows) == batch_size:
+        return x, cond
+    mine = slice(rows.start, rows.stop)
+    return x[mine], rows_of(cond, mine)
 
 
 class DeviceData:
@@ -63,11 +90,13 @@ class DeviceData:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def paired(self) -> bool:
+        return self.dataset.paired
+
     def permutation(self, epoch: int) -> Tensor:
         """The order of the rows in an epoch: int64 ``[N]``."""
-        self._key.step.fill_(epoch)  # no host synchronisation, unlike a new key
-        numbers = ops.integers(len(self), self._key, stream=rng.DATA)
-        return torch.argsort(numbers, stable=True)
+        return permutation(len(self), self._key, epoch)
 
     def prepare(self, position: int, count: int) -> None:
         """Have the permutations at hand that `gather` needs at this position; on the device."""
@@ -119,29 +148,6 @@ class DeviceData:
         }
 
 
-class Upload:
-    """Copies host tensors to a device, on a GPU beside what is being computed there.
-
-    The host runs ahead of a GPU, so the copy for a step overlaps with the step before it.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        self._stream: torch.cuda.Stream | None = None
-
-    def __call__(self, host: Tensor) -> Tensor:
-        if self._device.type != "cuda" or host.device.type != "cpu":
-            return host.to(self._device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            copy = host.pin_memory().to(self._device, non_blocking=True)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        copy.record_stream(current)  # its memory is not given to another copy too early
-        return copy
-
-
 _ARRAYS = (Tensor, np.ndarray)
 _END = object()
 
@@ -150,16 +156,16 @@ class IterableData:
     """Batches read from an iterable in its own order, from the start again whenever it ends.
 
     A step ahead of the last one is reached by reading on, so a resumed run sees the same batches
-    if the iterable is deterministic. The short last batch of an epoch is dropped.
+    if the iterable is deterministic, or has a state. The short last batch of an epoch is dropped.
 
     Args:
-        iterable: yields x or (x, cond), tensors or arrays, cond perhaps in dicts and tuples; for
-            example a DataLoader.
+        iterable: yields x or (x, cond), tensors or arrays, cond perhaps in dicts and tuples, or
+            dicts; for example a DataLoader. See `Batches` for what else can be said of it.
         device: where the batches are moved, see `Upload`.
     """
 
-    def __init__(self, iterable: Iterable[object], device: torch.device | str) -> None:
-        self._iterable = iterable
+    def __init__(self, iterable: Iterable[object] | Batches, device: torch.device | str) -> None:
+        self.given = iterable if isinstance(iterable, Batches) else Batches(iterable)
         self._iterator: Iterator[object] | None = None
         self._upload = Upload(device)
         self._step = 0
@@ -183,13 +189,31 @@ class IterableData:
                 break
         return self._upload(x), None if cond is None else each(self._upload, cond)
 
+    def draw_rows(self, step: int, batch_size: int, rows: range) -> Batch:
+        """The next batch of this process; see `Batches`."""
+        return self.draw(step, len(rows))
+
     def describe(self) -> dict[str, object]:
-        return {"iterable": type(self._iterable).__name__}
+        return {"iterable": self.given.name}
+
+    @property
+    def stateful(self) -> bool:
+        """Whether its position is saved with a checkpoint."""
+        return self.given.stateful
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iterable stands, after the batch that was drawn last."""
+        return self.given.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on where another one stood, with the batch of a step."""
+        self.given.load_state_dict(state)
+        self._iterator, self._step = None, step
 
     def _next(self, batch_size: int) -> Batch:
         for _ in range(2):
             if self._iterator is None:
-                self._iterator = iter(self._iterable)
+                self._iterator = self.given.begin()
             item = next(self._iterator, _END)
             if item is not _END:
                 x, cond = self._unpacked(item)
@@ -197,7 +221,7 @@ class IterableData:
                     return x, cond
                 if len(x) > batch_size or next(self._iterator, _END) is not _END:
                     raise ValueError(f"batches must have {batch_size} samples, got {len(x)}")
-            if self._iterator is self._iterable:
+            if self.given.ends:
                 raise ValueError(
                     f"the iterator ended after {self._step} batches and cannot start again: "
                     f"pass an iterable such as a list or a DataLoader"
@@ -206,6 +230,7 @@ class IterableData:
         raise ValueError(f"the iterable yields no batch of {batch_size} samples")
 
     def _unpacked(self, item: object) -> Batch:
+        item = picked(item, self.given.keys)
         parts = item if isinstance(item, tuple | list) else (item,)
         try:
             tensors = [None if part is None else _tensors(part) for part in parts]
@@ -253,8 +278,8 @@ def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
 
     Args:
         data: a `Source`, `Dataset`, tensor or array ``[N, ...]``, tuple (x, labels) or (x, cond) of
-            these (see `Dataset`), name or path (see `load`), or an iterable of batches such as a
-            DataLoader.
+            these (see `Dataset`), name or path (see `load`), `shards`, a data set with rows (see
+            `Rows`), a DataLoader, or an iterable of batches (see `Batches`).
         seed: of the permutations; an iterable has its own order.
         device: where the batches are wanted.
 
@@ -271,9 +296,17 @@ def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
         data = _conditioned(_tensor(data[0]), data[1])
     if isinstance(data, Dataset):
         return DeviceData(data, seed, device)
-    if isinstance(data, Iterable):
-        return IterableData(data, device)
+    if isinstance(data, Shards):
+        return ShardData(data, seed, device)
+    if isinstance(data, DataLoader):
+        data = rows_of_loader(data) or data
+    elif not isinstance(data, Rows | Batches) and has_rows(data):
+        data = Rows(data)
+    if isinstance(data, Rows):
+        return RowData(data, seed, device)
+    if isinstance(data, Iterable | Batches):
+        return IterableData(cast(Any, data), device)
     raise TypeError(
-        "data must be a Source, Dataset, tensor, (x, labels), (x, cond), path or iterable of "
-        f"batches, got {type(data).__name__}"
+        "data must be a Source, Dataset, tensor, (x, labels), (x, cond), path, shards, a data set "
+        f"with rows or an iterable of batches, got {type(data).__name__}"
     )

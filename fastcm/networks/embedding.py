@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +92,7 @@ class Conditioning(nn.Module):
         w: Tensor | None = None
         if self.weight is not None:
             cond, w = _unpacked(cond, len(t), self.classes is not None)
-        with torch.autocast(device_type=t.device.type, enabled=False):
+        with _in_float32(t.device.type):
             h = sinusoid(t, _SINUSOID_DIM, self.time_scale)
             h = F.silu(F.linear(h, self.fc1.weight.float(), self.fc1.bias.float()))
             h = F.linear(h, self.fc2.weight.float(), self.fc2.bias.float())
@@ -113,6 +115,13 @@ class Conditioning(nn.Module):
             return F.silu(h)
 
 
+def _in_float32(device_type: str) -> AbstractContextManager[Any]:
+    """Inside, autocast is off; the meta device has none."""
+    if device_type == "meta":
+        return nullcontext()
+    return torch.autocast(device_type=device_type, enabled=False)
+
+
 class LogVariance(nn.Module):
     """The log-variance u of the loss as a function of the noise level, 0 at the start.
 
@@ -129,7 +138,7 @@ class LogVariance(nn.Module):
 
     def forward(self, angle: Tensor) -> Tensor:
         """u, float32 ``[B]``, at the angle atan2(sigma, alpha) ``[B]``, in [0, pi / 2]."""
-        with torch.autocast(device_type=angle.device.type, enabled=False):
+        with _in_float32(angle.device.type):
             level = angle.clamp(1e-4, math.pi / 2 - 1e-4).tan().log() / 4.0
             return F.linear(
                 sinusoid(level, _LEVELS, time_scale=4.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class _Drawn(NamedTuple):
     second: tuple[Tensor, Tensor, Tensor, Tensor] | None
     """Heun's: factors of x_s and F, a half and minus one."""
     guidance: Tensor | None
+    """The weight w, as drawn."""
     weight: Tensor
 
 
@@ -63,9 +64,15 @@ class ConsistencyDistillation:
             ``guided=True``.
         null_condition: what stands for "no condition" under guidance; see
             `fastcm.networks.conditions.Null`.
+        guidance_interval: times (low, high) of the student's path outside which w is 1; None: all.
+            A step is guided by the time that it starts at.
+        embedded_guidance: the teacher takes w as an input, as Flux does, and is evaluated once, no
+            null_condition needed; teacher and student read it from a `cond` that `append_weight`
+            packs.
 
     Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance, skipping and DDIM: Luo et al.
-    2023 (LCM), section 4.
+    2023 (LCM), section 4; interval: Kynkäänniemi et al. 2024; an embedding teacher: Meng et al.
+    2022, "On distillation of guided diffusion models", whose student it is.
     """
 
     teacher: nn.Module = field(repr=False)
@@ -81,6 +88,8 @@ class ConsistencyDistillation:
     null_condition: Null = None
     solver: Literal["euler", "heun", "ddim"] = "euler"
     skip: int = 1
+    guidance_interval: tuple[float, float] | None = None
+    embedded_guidance: bool = False
 
     def __post_init__(self) -> None:
         check_consistency(self.parameterization, self.discretization)
@@ -105,11 +114,24 @@ class ConsistencyDistillation:
                     f"solver 'heun' needs the velocity at t_min, which {theirs} does not have: "
                     "take 'ddim'"
                 )
-        if self.guidance is not None and self.null_condition is None:
-            raise ValueError("guidance needs null_condition, got None")
-        if isinstance(self.guidance, tuple) and not self.guidance[0] <= self.guidance[1]:
-            raise ValueError(f"guidance must be a range (low, high), got {self.guidance}")
+        self._check_guidance()
         self.teacher.requires_grad_(False).eval()
+
+    def _check_guidance(self) -> None:
+        if self.guidance is None:
+            for name in ("guidance_interval", "embedded_guidance"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} needs guidance, got None")
+        elif self.embedded_guidance and self.null_condition is not None:
+            raise ValueError("embedded_guidance has no use for null_condition: leave one out")
+        elif not self.embedded_guidance and self.null_condition is None:
+            raise ValueError("guidance needs null_condition, got None")
+        for name, value in (
+            ("guidance", self.guidance),
+            ("guidance_interval", self.guidance_interval),
+        ):
+            if isinstance(value, tuple) and not value[0] <= value[1]:
+                raise ValueError(f"{name} must be a range (low, high), got {value}")
 
     @property
     def shares_weights(self) -> bool:
@@ -123,7 +145,7 @@ class ConsistencyDistillation:
         at_t, at_s, w, cond = drawn.t, drawn.s, drawn.guidance, batch.cond
         (x_t,) = batch.states(p, at_t)
         (input_t,) = batch.network_inputs(p, (at_t, x_t))
-        if isinstance(self.guidance, tuple) and w is not None:
+        if w is not None and (self.embedded_guidance or isinstance(self.guidance, tuple)):
             cond = append_weight(cond, w)
         with torch.no_grad():
             x_s, input_s = self._teacher_step(batch, drawn, x_t, input_t)
@@ -172,6 +194,14 @@ class ConsistencyDistillation:
             batch.x0.shape[:1], self.guidance, dtype=torch.float64, device=batch.x0.device
         )
 
+    def _weights(self, drawn: _Drawn) -> Tensor | None:
+        """w of each row, where its step is guided, else 1."""
+        if drawn.guidance is None or self.guidance_interval is None:
+            return drawn.guidance
+        low, high = self.guidance_interval
+        inside = (drawn.t.t >= low) & (drawn.t.t <= high)
+        return drawn.guidance.where(inside, 1.0)
+
     def _teacher_step(
         self, batch: Batch, drawn: _Drawn, x_t: Tensor | Noised, input_t: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -179,7 +209,9 @@ class ConsistencyDistillation:
 
         c_in and c_noise belong to the path, so the student's serve the teacher.
         """
-        w, (scale, factor) = drawn.guidance, drawn.step
+        w, (scale, factor) = self._weights(drawn), drawn.step
+        if w is not None and self.embedded_guidance:
+            batch, w = replace(batch, cond=append_weight(batch.cond, w)), None
         to_input: dict[str, Any] = {"input_scale": drawn.s.c_in, "input_dtype": batch.input_dtype}
         F, F_uncond = self._evaluated(batch, drawn.t.c_noise, input_t)
         x_s, input_s = ops.euler_step(
@@ -199,7 +231,7 @@ class ConsistencyDistillation:
     def _evaluated(self, batch: Batch, c_noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The teacher's output, and under guidance that without condition."""
         cond, teacher = batch.cond, batch.network(self.teacher)
-        if self.guidance is None:
+        if self.guidance is None or self.embedded_guidance:
             return check_output("teacher", teacher(x, c_noise, cond), x), None
         if cond is None:
             raise ValueError("guidance needs a batch with cond, got cond=None")

@@ -44,7 +44,8 @@ def swapped(module: nn.Module, find: Find) -> Iterator[nn.Module]:
 def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
     """A copy of a module whose parameters are tensors of the optimizer, and its keeper.
 
-    Where their dtype is another, buffers and frozen parameters are cast to it.
+    Frozen parameters are shared with the module. Where averages are of another dtype, these and
+    buffers are copied and cast to it.
 
     Args:
         module: the network that is trained.
@@ -68,6 +69,8 @@ def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
                 dtype = average.dtype
     if not pairs:
         raise ValueError(f"{type(module).__name__} has none of the optimizer's parameters")
+    if dtype is None:
+        memo |= {id(p): p for p in module.parameters() if not p.requires_grad and id(p) not in memo}
     network = copy.deepcopy(module, memo).requires_grad_(False).eval()
     if dtype is not None:
         network.to(dtype)

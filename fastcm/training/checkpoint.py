@@ -36,13 +36,16 @@ def contents(
     rest["param_groups"] = [
         {**group, "lr": lr} for group, lr in zip(rest["param_groups"], state.base_lr)
     ]
+    data, position = state.data.contents()
     groups = {
         **state.weights(),
         "optimizer": optimizer,
         "random": _random(state.device),
         "counters": {"counts": state.update.counts},
+        **data,
     }
     described = {
+        **position,
         "config": config,
         "compiled": state.gradients.compiled,
         "optimizer": rest,
@@ -79,7 +82,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any], processes: Proce
         **weights,
         "counters": {"counts": state.update.counts},
     }
-    _check_names(name, groups, {*fixed, "optimizer", "random"})
+    _check_names(name, groups, {*fixed, "optimizer", "random", *state.data.groups})
     for group, tensors in fixed.items():
         checkpoint.check_tensors(f"{name}/{group}", groups[group], tensors)
     if not isinstance(found.state["compiled"], bool | None):
@@ -91,6 +94,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any], processes: Proce
         {k: v for k, v in groups["random"].items() if k in random or k != "cuda"},
         {k: v for k, v in random.items() if k in groups["random"] or k == "cpu"},
     )
+    position = state.data.read(found)
     saved = check_optimizer(name, state.optimizer, groups["optimizer"], found.state["optimizer"])
     try:
         state.optimizer.load_state_dict(saved)
@@ -106,6 +110,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any], processes: Proce
     if state.gradients.compiled is None:  # what "auto" chose: the same numbers after a resume
         state.gradients.compiled = found.state["compiled"]
     state.step = found.state["step"]
+    state.data.resume(position, state.step)
     state.key.step.fill_(state.step)  # in place: a captured step reads it
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastcm.data import DeviceData, Source
+from fastcm.data.shard_data import ShardData
 from fastcm.data.sources import IterableData
 from fastcm.losses import Learned
 from fastcm.networks.protocol import check_signature
@@ -161,6 +162,8 @@ def check_classes(net: nn.Module, source: object, objective: Objective) -> None:
     """A label of num_classes would be the null label, one beyond it an index out of range."""
     classes = getattr(net, "description", {}).get("num_classes")
     data = source.dataset.num_classes if isinstance(source, DeviceData) else None
+    if isinstance(source, ShardData):
+        data = source.data.classes  # those of a split are known, others not looked for
     null = getattr(objective, "null_condition", None)
     if classes is not None and data is not None and data > classes:
         raise ValueError(f"the data has {data} classes, the network num_classes={classes}")
@@ -170,10 +173,12 @@ def check_classes(net: nn.Module, source: object, objective: Objective) -> None:
 
 def check_parallel(net: nn.Module, source: Source) -> None:
     """What would make a training depend on how many processes share it."""
-    if isinstance(source, IterableData):
+    if isinstance(source, IterableData) and not source.given.per_process:
         raise ValueError(
             "several processes need data whose rows do not depend on who reads them, got an "
-            "iterable of batches: give a tensor, a Dataset, a path or a Source"
+            "iterable of batches: give a tensor, a Dataset, a path, a data set with rows or a "
+            "Source; or, if each process has rows of its own already and it has a state_dict, "
+            "fastcm.data.Batches(iterable, per_process=True)"
         )
     for name, module in net.named_modules():
         if isinstance(module, _DropoutNd) and module.p > 0:

@@ -15,6 +15,7 @@ from fastcm.networks.conditions import rows_of
 from fastcm.networks.protocol import Network
 from fastcm.objectives.base import Batch, Loss, Objective
 from fastcm.ops.dispatch import Door, door
+from fastcm.planning import shortage
 from fastcm.precision import Autocast, Precision, check_precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.training.blocks import compile_blocks
@@ -131,6 +132,7 @@ class Gradients:
             remaining: how many steps the run still has; decides whether compiling can pay.
         """
         if self._fuse is None:
+            self._warn_of_memory(x0, cond)
             long = remaining >= _WORTH_FUSING_STEPS
             self._fuse = self._may_fuse and long and door(x0, noisy=True) is Door.KERNEL
         if self.processes.joined and self._mean is None and self.spread is None:
@@ -144,6 +146,20 @@ class Gradients:
         if self.spread is not None:
             self.spread.forget()
         return loss
+
+    def _warn_of_memory(self, x0: Tensor, cond: Any) -> None:
+        """Say once, before the first step, if less memory is free than it will need."""
+        line = shortage(
+            self.net,
+            self.objective,
+            x0,
+            cond,
+            accumulate=self.accumulate,
+            paired=self.paired,
+            precision=self.precision,
+        )
+        if line is not None:
+            self._log(line)
 
     def _prepared(self, x0: Tensor, cond: Any, key: NoiseKey) -> MeanGradients:
         """Averages gradients from the first step as from any later one.

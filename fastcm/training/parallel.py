@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -262,12 +262,13 @@ class Processes:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; it is called there alone."""
-        made: T | None = None
+        return cast(T, self.from_all(lambda: make() if self.first else None)[0])
+
+    def from_all(self, make: Callable[[], T]) -> list[T]:
+        """What each process makes, in all of them."""
         with self.together():
-            if self.first:
-                made = make()
-        value: T = self.exchange(made)[0]
-        return value
+            made = make()
+        return self.exchange(made)
 
     def exchange(self, mine: Any = None, error: Exception | None = None) -> list[Any]:
         """What every process says, in all of them.

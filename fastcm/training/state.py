@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fastcm.optim import sharding
 from fastcm.rng import NoiseKey
 from fastcm.runs.checkpoint import digest, weights_of
+from fastcm.training.data_state import DataState
 from fastcm.training.gradients import Gradients
 from fastcm.training.update import Update
 
@@ -26,6 +27,7 @@ class State:
         update: what applies gradients; holds the averages' networks and the counts.
         gradients: what computes them; holds whether they are compiled.
         key: where the noise stands.
+        data: where data with an order of its own stands.
         step: how many were taken.
 
     Attributes:
@@ -37,6 +39,7 @@ class State:
     update: Update
     gradients: Gradients
     key: NoiseKey
+    data: DataState
     step: int = 0
     base_lr: list[float] = field(init=False)
 

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from fastcm import graphs
 from fastcm.data import DeviceData, Source
+from fastcm.data.sources import draw_rows
 from fastcm.graphs import Graphed, Side
-from fastcm.networks.conditions import each, layout, rows_of
+from fastcm.networks.conditions import each, layout
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
 from fastcm.training.gradients import Gradients
@@ -128,10 +129,7 @@ class Step:
         if isinstance(self.source, DeviceData):
             self.source.prepare(step * self.batch_size + self.rows.start, len(self.rows))
             return
-        x0, cond = self.source.draw(step, self.batch_size)
-        if len(self.rows) < self.batch_size:
-            mine = slice(self.rows.start, self.rows.stop)
-            x0, cond = x0[mine], rows_of(cond, mine)
+        x0, cond = draw_rows(self.source, step, self.batch_size, self.rows)
         if not static:
             self._static = (x0, cond)
             return

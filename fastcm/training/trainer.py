@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm.data import DeviceData, as_source
+from fastcm.data import as_source
 from fastcm.ema import Average
 from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
@@ -21,6 +21,7 @@ from fastcm.rng import NoiseKey
 from fastcm.training import blocks, checks
 from fastcm.training.checkpoint import restore
 from fastcm.training.configuration import configuration, metadata_of
+from fastcm.training.data_state import DataState
 from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
 from fastcm.training.interrupt import StopSignals
@@ -48,7 +49,7 @@ class Trainer:
         optimizer: over the parameters of `net`; default `fastcm.AdamW`, lr 1e-3. Its learning
             rates are the base that `lr_schedule` scales.
         data: a tensor ``[N, ...]`` (uint8 images or float), (tensor, labels), a `Dataset`, a path,
-            or any iterable of batches.
+            shards, a data set of torch or Hugging Face, or any iterable of batches: docs/data.md.
         batch_size: rows a step, of all processes.
         seed: of noise, times and the order of the data.
         averages: of the weights, kept in float32; `ema_network(i)` is the i-th. Default those of
@@ -164,7 +165,7 @@ class Trainer:
             precision=precision,
             compile=compile,
             accumulate=accumulate,
-            paired=isinstance(self.source, DeviceData) and self.source.dataset.paired,
+            paired=getattr(self.source, "paired", False),
             processes=self.processes,
             spread=spread,
             log=self.log,
@@ -172,7 +173,8 @@ class Trainer:
         gradients.check_batch(batch_size)
         rows = self.processes.rows(batch_size, accumulate, getattr(objective, "period", 1))
         key = NoiseKey(seed, first_sample=rows.start, device=device)
-        self.state = State(net, optimizer, self.update, gradients, key)
+        data_state = DataState(self.source, self.processes)
+        self.state = State(net, optimizer, self.update, gradients, key, data_state)
         self.stepper = Step(
             self.source,
             batch_size,
@@ -231,8 +233,7 @@ class Trainer:
 
         Checkpoints are written beside the training; all are complete when this returns. After
         SIGTERM or SIGINT it finishes the step, saves and returns early, with the signal in
-        `interrupted`; a second one acts at once, as does the first where the program has a handler
-        of its own. See `StopSignals`.
+        `interrupted`; see `StopSignals`.
 
         Raises:
             FileExistsError: the directory holds another run; `load` continues it.
@@ -274,6 +275,7 @@ class Trainer:
                 else:
                     watch.in_passing()
                 if save:
+                    state.data.collect()
                     self._saving.begin()
                 self._saving.tell()
             self._saving.finish()
@@ -281,9 +283,7 @@ class Trainer:
         return self
 
     def train_step(self, *, remaining: int = 1000) -> Tensor:
-        """Take one step, for a loop of your own: `fit` without reports, checkpoints and watch.
-
-        Nothing waits for the device.
+        """Take one step without waiting for the device: `fit` without reports, checkpoints, watch.
 
         Args:
             remaining: how many steps are still to come; decides whether compiling can pay.
@@ -329,12 +329,12 @@ class Trainer:
             BlockingIOError: another process trains in it.
             OSError: it could not be written; earlier checkpoints are untouched.
         """
-        return self._saving.now(self.settings.run("save", directory))
+        run = self.settings.run("save", directory)
+        self.state.data.collect()
+        return self._saving.now(run)
 
     def load(self, directory: str | Path | None = None) -> Trainer:
-        """Continue from the newest intact checkpoint of a run; a damaged one is passed over.
-
-        Nothing is written to the directory; a checkpoint that is being written is waited for.
+        """Continue from the newest intact checkpoint of a run, without writing to its directory.
 
         Raises:
             FileNotFoundError: no checkpoint there.

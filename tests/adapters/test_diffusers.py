@@ -166,7 +166,7 @@ def test_a_unet_serves_as_a_network():
     x_half = 0.5 * x0 + 0.5 * z[1]
     wanted = x_half - 0.5 * model(x_half, told(500)[:3]).sample
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="class conditioning"):
+    with pytest.raises(ValueError, match="takes no condition"):
         net(x, t, torch.tensor([0, 1, 2]))
 
 

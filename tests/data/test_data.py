@@ -333,7 +333,9 @@ def test_load_finds_the_reader(tmp_path: Path) -> None:
 
 def test_load_says_what_it_accepts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("1,2")
-    accepted = r'expected "digits", "photographs", a folder of images, or a \.npy or \.npz file'
+    accepted = (
+        r'expected "digits", "photographs", a folder of images or shards, or a \.npy or \.npz file'
+    )
     with pytest.raises(ValueError, match=accepted):
         load(tmp_path / "a.csv")
     with pytest.raises(FileNotFoundError, match=accepted):
@@ -558,10 +560,10 @@ def test_data_of_each_kind_becomes_a_source(tmp_path: Path) -> None:
 def test_data_loader_becomes_a_source() -> None:
     x, labels = torch.rand(6, 2), torch.arange(6)
     source = as_source(DataLoader(TensorDataset(x, labels), 4), seed=0, device="cpu")
-    for step in range(2):
+    for step, rows in enumerate(([0, 1, 2, 3], [4, 5, 0, 1])):
         drawn, cond = source.draw(step, 4)
-        assert torch.equal(drawn, x[:4])
-        assert cond is not None and torch.equal(cond, labels[:4])
+        assert torch.equal(drawn, x[rows])
+        assert cond is not None and torch.equal(cond, labels[rows])
 
 
 def test_other_data_is_refused() -> None:

@@ -17,10 +17,12 @@ from fastcm.schedules import (
     KarrasGrid,
     LogitNormal,
     LogNormal,
+    ShiftedGrid,
     UniformGrid,
     UniformTime,
     draw_interval,
     intervals,
+    resolution_mu,
     sampling_times,
 )
 
@@ -38,7 +40,11 @@ def uniforms(seed: int, count: int = 200_000):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-@pytest.mark.parametrize("grid", [UniformGrid(), KarrasGrid(), KarrasGrid(rho=3.0)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [UniformGrid(), KarrasGrid(), KarrasGrid(rho=3.0), ShiftedGrid(), ShiftedGrid(0.4)],
+    ids=str,
+)
 @pytest.mark.parametrize("n", [1, 2, 17, 150, 1280])
 def test_grids_ascend_from_exactly_t_min_to_exactly_t_max(path, grid, n):
     t = grid.time(torch.arange(n + 1), n, path)
@@ -52,6 +58,30 @@ def test_grids_ascend_from_exactly_t_min_to_exactly_t_max(path, grid, n):
 def test_the_uniform_grid_is_k_over_n():
     t = UniformGrid().time(torch.arange(6), 5, Linear())
     assert t.tolist() == pytest.approx([k / 5 for k in range(6)], abs=1e-16)
+
+
+def test_the_shifted_grid_keeps_the_signal_to_noise_ratio_s_times_lower():
+    """(1 - t) / t of the linear path, divided by s; SD3, figure 6."""
+    u = UniformGrid().time(torch.arange(1, 8), 8, Linear())
+    t = ShiftedGrid(3.0).time(torch.arange(1, 8), 8, Linear())
+    torch.testing.assert_close((1 - t) / t, (1 - u) / u / 3.0, rtol=1e-12, atol=0)
+    assert torch.equal(ShiftedGrid(1.0).time(torch.arange(9), 8, Linear())[1:-1], u)
+    with pytest.raises(ValueError, match="shift must be > 0"):
+        ShiftedGrid(0.0)
+
+
+def test_a_shift_of_logit_normal_times_is_one_of_their_mean():
+    u = uniforms(1)
+    t = LogitNormal()(u, 0.0, 1.0)
+    shifted = 3.0 * t / (1.0 + 2.0 * t)
+    torch.testing.assert_close(LogitNormal(mean=math.log(3.0))(u, 0.0, 1.0), shifted)
+
+
+def test_the_shift_of_a_resolution():
+    """Flux at 256, 1024 and 512 pixels: patches of 16 x 16 pixels."""
+    assert resolution_mu(256) == 0.5
+    assert resolution_mu(4096) == pytest.approx(1.15, abs=1e-12)
+    assert resolution_mu(1024) == pytest.approx(0.63, abs=1e-12)
 
 
 def test_the_karras_grid_is_equation_5():

@@ -156,6 +156,83 @@ def test_a_drawn_weight_reaches_the_teachers_step_and_the_student() -> None:
         ConsistencyDistillation(Net(), guidance=(6.0, 2.0), null_condition=0)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_outside_the_interval_the_weight_is_one(solver: Any) -> None:
+    """Between t = 0.3 and 0.6 the step is the guided one, elsewhere that of the condition."""
+    cond = torch.rand(500)
+    batch, steps = Batch(torch.randn(500, 3), NoiseKey(1), cond), []
+    settings: dict[str, Any] = {"null_condition": -1.0, "solver": solver}
+    for options in (
+        {"guidance": 3.0, **settings},
+        {"solver": solver},
+        {"guidance": 3.0, "guidance_interval": (0.3, 0.6), **settings},
+    ):
+        seen: list[Tensor] = []
+        objective = ConsistencyDistillation(
+            Net(lambda x, t, cond: cond[:, None] * (1 + x)), metric=spy(seen), **options
+        )
+        zero = Net(lambda x, t, cond: torch.zeros_like(x))
+        objective.loss(zero, batch, zero)
+        steps.append(seen[0])
+    guided, plain, both = steps
+    t = objective._drawn(batch).t.t[:, None]
+    inside = (t >= 0.3) & (t <= 0.6)
+    assert 100 < inside.sum() < 200 and (guided - plain).abs().max() > 0.01
+    torch.testing.assert_close(both, guided.where(inside, plain), rtol=1e-5, atol=1e-5)
+
+
+def test_a_drawn_weight_reaches_the_student_but_for_the_interval() -> None:
+    objective = ConsistencyDistillation(
+        Net(lambda x, t, cond: cond[:, None].expand_as(x)),
+        guidance=(2.0, 6.0),
+        guidance_interval=(0.0, 0.0),
+        null_condition=-1.0,
+    )
+    student = Net(lambda x, t, cond: torch.zeros_like(x))
+    objective.loss(student, Batch(torch.randn(50, 3), NoiseKey(1), torch.rand(50)), student)
+    w = student.calls[0][2][:, 1]
+    assert w.min() >= 2.0 and w.std() > 0.5
+
+
+@pytest.mark.parametrize("guidance", [3.0, (2.0, 6.0)])
+def test_a_teacher_that_embeds_the_weight_is_told_it_and_asked_once(guidance: Any) -> None:
+    def velocity(x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return (cond["guidance"] * cond["prompt"])[:, None].expand_as(x)
+
+    objective = ConsistencyDistillation(
+        Net(velocity), guidance=guidance, embedded_guidance=True, metric=SquaredL2(),
+        weight=lambda t, s, path: 1 / (t - s) ** 2,
+    )  # fmt: skip
+    student = Net(lambda x, t, cond: torch.zeros_like(x))
+    cond = {"prompt": torch.rand(500)}
+    loss = objective.loss(student, Batch(torch.randn(500, 3), NoiseKey(1), cond), student)
+    assert len(objective.teacher.calls) == 1 and len(objective.teacher.calls[0][0]) == 500
+    w = student.calls[0][2]["guidance"]
+    assert torch.equal(w, objective.teacher.calls[0][2]["guidance"])
+    assert (w == 3.0).all() if guidance == 3.0 else w.std() > 0.5
+    expected = 3 * (w * cond["prompt"]).square()
+    torch.testing.assert_close(loss.per_sample, expected, rtol=2e-3, atol=2e-3)
+    assert cond.keys() == {"prompt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"embedded_guidance": True}, "embedded_guidance needs guidance"),
+        ({"guidance_interval": (0.1, 0.2)}, "guidance_interval needs guidance"),
+        ({"guidance": 2.0, "embedded_guidance": True, "null_condition": 0}, "leave one out"),
+        ({"guidance": 2.0}, "guidance needs null_condition"),
+        (
+            {"guidance": 2.0, "null_condition": 0, "guidance_interval": (0.5, 0.2)},
+            r"guidance_interval must be a range \(low, high\)",
+        ),
+    ],
+)
+def test_guidance_that_does_not_fit_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ConsistencyDistillation(Net(), **options)
+
+
 def test_a_guided_network_starts_as_the_unguided_one_and_reads_the_weight() -> None:
     one, two = small(num_classes=4), small(num_classes=4, guided=True)
     two.load_state_dict(one.state_dict(), strict=False)

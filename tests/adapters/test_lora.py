@@ -1,0 +1,126 @@
+"""LoRA students: what is trained, averaged, merged and saved; the teacher within the student."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastcm
+from fastcm import networks
+from fastcm.adapters import lora
+
+peft = pytest.importorskip("peft")
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    net = networks.MLP((2,), 16, depth=2)
+    for p in net.parameters():  # the last layer is zero, and nothing would be learned
+        nn.init.normal_(p, std=0.2)
+    return net
+
+
+def with_lora(net: nn.Module, **options: Any) -> Any:
+    config = peft.LoraConfig(r=2, target_modules=["fc", "modulation"], **options)
+    return peft.inject_adapter_in_model(config, net)
+
+
+X, T = torch.linspace(-1, 1, 16).reshape(8, 2), torch.linspace(0.1, 0.9, 8)
+
+
+def distilled(net: nn.Module, steps: int = 4, **options: Any) -> fastcm.Trainer:
+    objective = fastcm.ConsistencyDistillation(lora.WithoutAdapters(net))
+    options = {"compile": False, "progress": False, "log": lambda line: None, **options}
+    data = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    return fastcm.Trainer(net, objective, data=data, batch_size=16, **options).fit(steps)
+
+
+def trained_names(net: nn.Module) -> list[str]:
+    return [name for name, p in net.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_teacher_is_the_network_without_its_layers(compile: bool) -> None:
+    net = base()
+    want = net(X, T).detach()
+    student = with_lora(net)
+    names = trained_names(student)
+    assert names and all("lora_" in name for name in names)
+    frozen = {n: p.clone() for n, p in student.named_parameters() if not p.requires_grad}
+    trainer = distilled(student, compile=compile)
+    teacher = lora.WithoutAdapters(student)
+    assert torch.equal(teacher(X, T), want) and not list(teacher.parameters())
+    assert not torch.allclose(student(X, T), want)
+    assert trained_names(student) == names
+    held = dict(student.named_parameters())
+    assert all(torch.equal(held[name], value) for name, value in frozen.items())
+    assert trainer.optimizer.state_dict()["state"].keys() == {*range(len(names))}
+
+
+def test_the_numbers_are_those_of_a_teacher_of_its_own() -> None:
+    student, fresh = with_lora(base()), with_lora(base())
+    fresh.load_state_dict(student.state_dict())
+    distilled(student)
+    objective = fastcm.ConsistencyDistillation(base())
+    data = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"compile": False, "progress": False, "log": lambda line: None}
+    fastcm.Trainer(fresh, objective, data=data, batch_size=16, **options).fit(4)
+    for a, b in zip(student.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_averages_share_what_is_frozen() -> None:
+    student = with_lora(base())
+    trainer = distilled(student)
+    pairs = list(zip(trainer.ema_network(0).named_parameters(), student.parameters(), strict=True))
+    for (name, ours), theirs in pairs:
+        assert (ours.data_ptr() == theirs.data_ptr()) == ("lora_" not in name), name
+
+
+def test_merged_is_a_plain_network() -> None:
+    student = with_lora(base(), lora_alpha=3)
+    trainer = distilled(student)
+    average = trainer.ema_network(0)
+    want, before = average(X, T), copy.deepcopy(average.state_dict())
+    plain = lora.merged(average)
+    assert plain.state_dict().keys() == base().state_dict().keys()
+    torch.testing.assert_close(plain(X, T), want)
+    assert all(torch.equal(a, b) for a, b in zip(average.state_dict().values(), before.values()))
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_a_network_without_layers_is_named(tmp_path: Path) -> None:
+    for act in (lora.WithoutAdapters, lora.merged, lambda net: lora.save_lora(net, tmp_path)):
+        with pytest.raises(ValueError, match="MLP has no LoRA layers: put them in with peft"):
+            act(base())
+
+
+def test_diffusers_reads_what_is_saved(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8),
+            layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+
+    made = model()
+    made.add_adapter(peft.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"]))
+    for p in made.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    file = lora.save_lora(made, tmp_path, prefix="unet")
+    x, t, prompt = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 9.0]), torch.randn(2, 3, 8)
+    want = made(x, t, prompt).sample
+    other = model()
+    assert not torch.allclose(other(x, t, prompt).sample, want)
+    other.load_lora_adapter(str(tmp_path), weight_name=file.name, prefix="unet")
+    torch.testing.assert_close(other(x, t, prompt).sample, want)
