@@ -56,7 +56,8 @@ def guided(**options: Any) -> Trainer:
 def trainer(objective: Any = None, net: nn.Module | None = None, **options: Any) -> Trainer:
     """Of 16 rows a step: an epoch ends within a batch."""
     objective = objective or ConsistencyTraining()
-    net = net or mlp(two_times=getattr(objective, "two_times", False))
+    if net is None:
+        net = mlp(two_times=getattr(objective, "two_times", False))
     defaults = {"data": DATA, "batch_size": 16, "compile": False, "progress": False}
     return Trainer(net, objective, **{**defaults, "log": lambda line: None, **options})
 

@@ -47,9 +47,9 @@ def mlp(seed: int = 0, **options: Any) -> MLP:
 
 def run(objective: Any = None, net: nn.Module | None = None, **options: Any) -> Trainer:
     objective = objective or ConsistencyTraining()
-    return trainer(
-        objective, net or mlp(two_times=getattr(objective, "two_times", False)), **options
-    )
+    if net is None:
+        net = mlp(two_times=getattr(objective, "two_times", False))
+    return trainer(objective, net, **options)
 
 
 def guided(**options: Any) -> Trainer:
@@ -341,9 +341,8 @@ def a_signal_to_one_process_ends_all(folder: Path) -> None:
 @case
 def what_cannot_be_sharded_is_refused_by_name(_: Path) -> None:
     def make(net: nn.Module | None = None, **options: Any) -> Callable[[], object]:
-        return lambda: run(
-            FlowMatching(), mlp() if net is None else net, **{"parallel": "fsdp", **options}
-        )
+        student = mlp() if net is None else net
+        return lambda: run(FlowMatching(), student, **{"parallel": "fsdp", **options})
 
     mesh = dist.device_mesh.init_device_mesh  # type: ignore[attr-defined]
     refused("1 dimension.*or of 2", make(parallel=mesh("cpu", (1, 1, 2))))

@@ -300,8 +300,7 @@ class Recipe:
                 warmup_cosine(min(self.warmup, every // 4), every, self.lr_floor), every
             )
             options["keep_every"] = options.get("keep_every") or every
-        # shards are gathered between the blocks of a network, which are compiled alone
-        on = "regional" if options.get("parallel") == "fsdp" else True
+        on = "regional" if options.get("parallel") == "fsdp" else True  # blocks are gathered alone
         # iCT and ECT are defined with RAdam
         optimizer: Optimizer = (RAdam if self.method in ("ict", "ect") else AdamW)(
             net.parameters(), self.lr_rate, weight_decay=0.0

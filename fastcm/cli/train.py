@@ -168,7 +168,7 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         # a network that all hold together, all draw from
         every = given["sample_every"] if processes.first or given["parallel"] == "fsdp" else 0
         saved = ("save_every", "keep", "keep_every", "tensorboard", "log_every")
-        passed = (*saved, "accumulate", "parallel", "checkpoint")
+        passed = (*saved, "parallel", "checkpoint", "accumulate")
         trainer = recipe.trainer(
             out,
             device=given["device"] or local_device(),

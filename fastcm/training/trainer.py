@@ -329,8 +329,9 @@ class Trainer:
             BlockingIOError: another process trains in it.
             OSError: it could not be written; earlier checkpoints are untouched.
         """
+        run = self.settings.run("save", directory)
         self.state.data.collect()
-        return self._saving.now(self.settings.run("save", directory))
+        return self._saving.now(run)
 
     def load(self, directory: str | Path | None = None) -> Trainer:
         """Continue from the newest intact checkpoint of a run, without writing to its directory.
