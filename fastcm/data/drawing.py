@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from torch.utils import _pytree
 
 from fastcm import ops, rng
 from fastcm.data.datasets import as_condition, as_samples
+
+PARSING = threading.Lock()
+"""Held while a header of .npy is parsed: threads of Python 3.11 disturb each other in `ast`."""
 
 Keys = str | Sequence[str]
 SAMPLE_KEYS = ("x", "image", "img", "pixel_values", "latents")

@@ -13,12 +13,12 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 
-from fastcm.data.drawing import as_tensor
+from fastcm.data.drawing import PARSING, as_tensor
 from fastcm.data.tar_files import TarShard, index_tar
 from fastcm.runs.files import DTYPES
 
@@ -97,8 +97,8 @@ class ArrayShard:
         """Rows of an array as bytes, ``[len(index), row_bytes]``, copied out of the map."""
         column = self._columns[name]
         if column.offset is None:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                table = as_tensor(arrays[name]).reshape(column.rows, -1).view(torch.uint8).numpy()
+            array = as_tensor(_unpacked(self.path, name))
+            table = array.reshape(column.rows, -1).view(torch.uint8).numpy()
         else:
             size = column.rows * column.row_bytes
             flat = np.frombuffer(mapped, np.uint8, size, column.offset)
@@ -132,15 +132,32 @@ def open_shard(path: Path, *, size: int | None = None, channels: int | None = No
         raise ValueError(f"{path} is not a readable shard: {error}") from error
 
 
+def _header(name: str, member: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, whether in Fortran's order, and dtype of an array, of which the data is next."""
+    version = np.lib.format.read_magic(member)
+    if version not in _HEADERS:
+        raise ValueError(f"{name} is of a version of .npy that is not read")
+    with PARSING:
+        shape, fortran, dtype = _HEADERS[version](member)
+    return shape, fortran, dtype
+
+
+def _unpacked(path: Path, name: str) -> Any:
+    """An array of a .npz that does not lie there as it is; `numpy.load` would parse unguarded."""
+    with zipfile.ZipFile(path) as archive:
+        inside = f"{name}.npy" if f"{name}.npy" in archive.namelist() else name
+        with archive.open(inside) as member:
+            shape, fortran, dtype = _header(inside, member)
+            flat = np.frombuffer(bytearray(member.read()), dtype)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
 def _npz(path: Path) -> dict[str, _Column]:
     columns = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
             with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                if version not in _HEADERS:
-                    raise ValueError(f"{info.filename} is of a version of .npy that is not read")
-                shape, fortran, dtype = _HEADERS[version](member)
+                shape, fortran, dtype = _header(info.filename, member)
                 header = member.tell()
             if dtype.hasobject or not shape:
                 raise ValueError(f"{info.filename} is no array of rows: {dtype} {list(shape)}")

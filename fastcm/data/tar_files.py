@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm.data.drawing import as_tensor
+from fastcm.data.drawing import PARSING, as_tensor
 from fastcm.data.images import IMAGE_SUFFIXES, demo_module, read_image
 
 Members = dict[str, tuple[str, int, int]]
@@ -118,7 +118,9 @@ class TarShard:
                 demo_module("PIL")
                 return read_image(io.BytesIO(data), self._size, self._channels)
             if kind == "npy":
-                return as_tensor(np.load(io.BytesIO(data), allow_pickle=False))
+                with PARSING:
+                    array = np.load(io.BytesIO(data), allow_pickle=False)
+                return as_tensor(array)
             held = json.loads(data)
             if isinstance(held, dict):
                 held = held["label"]

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 import fastcm
 from fastcm import FlowMatching, Sampler, Trainer, data, rng
-from fastcm.data import Dataset, DeviceData, Shards, as_source, shards, write_shards
+from fastcm.data import Dataset, DeviceData, Shards, as_source, shard_files, shards, write_shards
+from fastcm.data.drawing import PARSING
 from fastcm.data.shard_data import ShardData
 from fastcm.data.sources import draw_rows
 from fastcm.networks import MLP, GaussianMixture
@@ -403,3 +404,29 @@ def test_a_stream_of_shards_is_one_of_its_own() -> None:
         v for k, v in vars(rng).items() if k.isupper() and k not in ("NUM_STREAMS", "MASK32")
     ]
     assert len(streams) == len({*streams})
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_headers_are_parsed_by_one_thread_at_a_time(
+    save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ast` of Python 3.11 fails now and then where several threads parse."""
+    x = np.asfortranarray(np.arange(24, dtype=">f4").reshape(6, 4))
+    save(tmp_path / "a.npz", x=x)
+    held: list[bool] = []
+
+    def guarded(parse: Any) -> Any:
+        def wrapper(member: Any) -> Any:
+            held.append(PARSING.locked())
+            return parse(member)
+
+        return wrapper
+
+    headers = {version: guarded(parse) for version, parse in shard_files._HEADERS.items()}
+    monkeypatch.setattr(shard_files, "_HEADERS", headers)
+    shard = shard_files.open_shard(tmp_path / "a.npz")
+    out, index = torch.zeros(3, 4), np.array([0, 2, 5])
+    memory = out.view(3, -1).view(torch.uint8).numpy()
+    shard.read(index, {"x": (memory, np.arange(3))})
+    assert torch.equal(out, torch.from_numpy(x.astype("f4"))[index])
+    assert len(held) == 2 and all(held)  # opened, and unpacked
