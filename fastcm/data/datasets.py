@@ -186,9 +186,14 @@ def read_arrays(file: Path) -> dict[str, Any]:
     return arrays
 
 
-def as_tensor(array: Any) -> Tensor:
-    """A numpy array of any byte order."""
-    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+def as_tensor(x: Any) -> Tensor:
+    """An array of any byte order as a tensor on the host; a tensor stays where it is.
+
+    torch.as_tensor alone would take it to the default device.
+    """
+    if isinstance(x, np.ndarray):
+        x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
 
 
 def condition_of(arrays: Mapping[str, Any]) -> Any:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from fastcm import ops, rng
-from fastcm.data.datasets import as_condition, as_samples
+from fastcm.data.datasets import as_condition, as_samples, as_tensor
+from fastcm.networks.conditions import each, named
 
 PARSING = threading.Lock()
 """Held while a header of .npy is parsed: threads of Python 3.11 disturb each other in `ast`."""
@@ -116,7 +115,7 @@ class Form:
         parts = list(batch) if isinstance(batch, tuple | list) else [batch]
         why = ""
         try:
-            x, *conds = (_pytree.tree_map(as_tensor, part) for part in parts)
+            x, *conds = (each(as_tensor, part) for part in parts)
         except (TypeError, ValueError, RuntimeError) as error:
             x, conds, why = None, [], f" ({error!s:.200})"
         if not isinstance(x, Tensor) or x.ndim < 2:
@@ -127,12 +126,11 @@ class Form:
         cond = None if not conds else conds[0] if len(conds) == 1 else tuple(conds)
         if x.shape[0] != rows:
             raise ValueError(f"a batch must have {rows} rows, got x {list(x.shape)}")
-        leaves = _pytree.tree_flatten_with_path(cond)[0] if cond is not None else []
-        for path, leaf in leaves:
+        leaves = [] if cond is None else named(cond)
+        for name, leaf in leaves:
             if leaf.shape[:1] != x.shape[:1]:
-                name = f"cond{_pytree.keystr(path)}"
                 raise ValueError(f"{name} must have {rows} rows like x, got {list(leaf.shape)}")
-        kinds_of = [(_pytree.keystr(path), str(leaf.dtype)) for path, leaf in leaves]
+        kinds_of = [(name, str(leaf.dtype)) for name, leaf in leaves]
         found = (list(x.shape[1:]), str(x.dtype), kinds_of)
         self._first = self._first or found
         if found != self._first:
@@ -141,13 +139,6 @@ class Form:
                 f"{self._first}, got {found}"
             )
         return x, cond
-
-
-def as_tensor(x: Any) -> Tensor:
-    """An array as a tensor, where it is: torch.as_tensor would take it to the default device."""
-    if isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
-    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
 
 
 class Upload:
@@ -174,5 +165,4 @@ class Upload:
 
     def batch(self, x: Tensor, cond: Any) -> tuple[Tensor, Any]:
         """A batch in the dtypes that training wants; they are made on the device."""
-        convert: Callable[[Tensor], Tensor] = lambda leaf: as_condition(self(leaf))  # noqa: E731
-        return as_samples(self(x)), None if cond is None else _pytree.tree_map(convert, cond)
+        return as_samples(self(x)), None if cond is None else as_condition(each(self, cond))

@@ -18,7 +18,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 
-from fastcm.data.drawing import PARSING, as_tensor
+from fastcm.data.datasets import as_tensor
+from fastcm.data.drawing import PARSING
 from fastcm.data.tar_files import TarShard, index_tar
 from fastcm.runs.files import DTYPES
 

@@ -21,7 +21,7 @@ from fastcm import rng
 from fastcm.data.batches import Batches
 from fastcm.data.datasets import Dataset as Dataset
 from fastcm.data.datasets import array_file as array_file
-from fastcm.data.datasets import as_condition, as_samples
+from fastcm.data.datasets import as_condition, as_samples, as_tensor
 from fastcm.data.datasets import to_unit as to_unit
 from fastcm.data.drawing import Upload, permutation, picked
 from fastcm.data.images import digits as digits
@@ -253,11 +253,6 @@ class IterableData:
         return x, cond
 
 
-def _tensor(x: Any) -> Tensor:
-    """An array as a tensor, where it is: torch.as_tensor would take it to the default device."""
-    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
-
-
 def _conditioned(x: Tensor, cond: Any) -> Dataset:
     """Integers ``[N]`` are labels, anything else is a condition."""
     held = as_condition(_tensors(cond))
@@ -269,8 +264,8 @@ def _conditioned(x: Tensor, cond: Any) -> Dataset:
 def _tensors(cond: Any) -> Any:
     """Arrays as tensors inside of their containers; a list of numbers is an array."""
     if isinstance(cond, list) and all(isinstance(v, int | float) for v in cond):
-        return _tensor(cond)
-    return each(_tensor, cond)
+        return as_tensor(cond)
+    return each(as_tensor, cond)
 
 
 def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
@@ -291,9 +286,9 @@ def as_source(data: object, *, seed: int, device: torch.device | str) -> Source:
     if isinstance(data, str | os.PathLike):
         data = load(data)
     elif isinstance(data, _ARRAYS):
-        data = Dataset(_tensor(data))
+        data = Dataset(as_tensor(data))
     elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], _ARRAYS):
-        data = _conditioned(_tensor(data[0]), data[1])
+        data = _conditioned(as_tensor(data[0]), data[1])
     if isinstance(data, Dataset):
         return DeviceData(data, seed, device)
     if isinstance(data, Shards):

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm.data.drawing import PARSING, as_tensor
+from fastcm.data.datasets import as_tensor
+from fastcm.data.drawing import PARSING
 from fastcm.data.images import IMAGE_SUFFIXES, demo_module, read_image
 
 Members = dict[str, tuple[str, int, int]]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcm.data.drawing import as_tensor
+from fastcm.data.datasets import as_tensor
 from fastcm.data.images import demo_module
 from fastcm.data.shards import FORMAT, INDEX, Shards, holds_shards, shards
 from fastcm.runs.files import WRITING, replace_file, sync_directory, write_tensors

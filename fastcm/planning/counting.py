@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcm.networks.blocks import repeated_blocks
 from fastcm.objectives.base import Batch, Objective
-from fastcm.planning.ledger import Ledger, Saved, Work, blocks
+from fastcm.planning.ledger import Ledger, Saved, Work
 from fastcm.planning.meta import META, AsOnDevice, on_meta, without_memory
 from fastcm.precision import Precision, check_precision
 from fastcm.rng import NoiseKey
@@ -128,7 +129,7 @@ def count(
 
 def units(net: nn.Module) -> tuple[int, int]:
     """Bytes of the parameters outside the repeated blocks, and of the largest block."""
-    whole, repeated = _size(net), [_size(block) for block in blocks(net)]
+    whole, repeated = _size(net), [_size(block) for block in repeated_blocks(net)]
     return whole - sum(repeated), max(repeated, default=0)
 
 

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcm.networks.blocks import repeated_blocks
+
 Work = list[tuple[int, int]]
 """FLOPs and bytes of each operator, one after the other."""
 
@@ -104,7 +106,7 @@ class Saved:
         self._blocks: list[dict[int, int]] = []
         self._depth = 0
         self._listening = False
-        for block in blocks(net):
+        for block in repeated_blocks(net):
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
             block.register_forward_hook(self._leave)
 
@@ -166,20 +168,3 @@ class Saved:
 
     def _leave(self, block: nn.Module, args: Any, out: Any) -> None:
         self._depth -= self._listening
-
-
-def blocks(net: nn.Module) -> list[nn.Module]:
-    """The modules that a network repeats: what is checkpointed, and sharded as a unit."""
-    found: list[nn.Module] = []
-    for module in net.children():
-        repeated: list[nn.Module] = []
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            parts = [part for part in module if not isinstance(part, nn.ModuleList)]
-            kinds = [type(part) for part in parts]
-            repeated = [
-                part
-                for part in parts
-                if kinds.count(type(part)) > 1 and any(True for _ in part.children())
-            ]
-        found += repeated if repeated else blocks(module)
-    return found

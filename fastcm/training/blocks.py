@@ -1,8 +1,7 @@
-"""The blocks that a network repeats: compiled, checkpointed or sharded one by one."""
+"""The blocks that a network repeats: compiled or checkpointed one by one."""
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import Literal
 
@@ -10,28 +9,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastcm.networks.blocks import repeated_blocks
+
 Checkpoint = Literal["blocks"]
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-
-
-def repeated_blocks(net: nn.Module) -> list[nn.Module]:
-    """Members of a ModuleList or Sequential: made of modules, and more than one of a kind.
-
-    A block's own members are not looked at: no block is part of another.
-    """
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in net.modules():  # parents come before their children
-        if id(module) in inside or not isinstance(module, nn.ModuleList | nn.Sequential):
-            continue
-        kinds = Counter(type(child) for child in module)
-        for child in module:
-            is_block = not isinstance(child, _CONTAINERS) and any(True for _ in child.children())
-            if is_block and kinds[type(child)] > 1 and id(child) not in inside:
-                found.append(child)
-                inside |= {id(part) for part in child.modules()}
-    return found
 
 
 def compile_blocks(net: nn.Module) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastcm.networks.blocks import repeated_blocks
 from fastcm.objectives.base import Objective
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.optim.sharding import is_dtensor, local, reshard
 from fastcm.runs.checkpoint import digest
 from fastcm.runs.description import describe
-from fastcm.training.blocks import repeated_blocks
 from fastcm.training.parallel import Parallel, Processes, shards
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from fastcm.ema import Average
 from fastcm.optim import sharding
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.training.sharded import Sharding
-from fastcm.training.update import Stock, Sweep, Update, configure
+from fastcm.training.update import Stock, Sweep, Update
 
 
-class ShardedSweep(Update):
+class ShardedSweep(Sweep):
     """By an optimizer of this package, whose flat state holds the shards of the averages.
 
     The network of an average is made when it is asked for, and kept as long as somebody holds it:
@@ -39,24 +39,12 @@ class ShardedSweep(Update):
         max_grad_norm: float | None,
         spread: Sharding,
     ) -> None:
-        configure(optimizer, averages, max_grad_norm)
+        self._net, self._networks = net, _Networks(net, optimizer, spread)
+        super().__init__(net, optimizer, averages, max_grad_norm, self._networks)
         optimizer.prepare()  # the state of the shards, which averages are part of
-        self.max_grad_norm = optimizer.max_grad_norm
-        self.averages = optimizer.averages
-        self._networks = _Networks(net, optimizer, spread)
-        self.networks = self._networks
-        self._net, self._optimizer = net, optimizer
-
-    @property
-    def grad_norm(self) -> Tensor:
-        return self._optimizer.grad_norm
-
-    @property
-    def counts(self) -> Tensor:
-        return self._optimizer.counts
 
     def step(self) -> None:
-        self._optimizer.step()
+        super().step()
         self._networks.refresh()
 
     def weights(self, i: int) -> dict[str, Tensor]:

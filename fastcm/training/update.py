@@ -60,7 +60,14 @@ class Update(ABC):
 
 
 class Sweep(Update):
-    """By an optimizer of this package: one pass for everything."""
+    """By an optimizer of this package: one pass for everything.
+
+    Args:
+        net: the student.
+        optimizer: of its parameters; given the averages that it lacks, and a norm if it has none.
+        averages, max_grad_norm: see `Trainer`.
+        networks: of the averages; None has the optimizer make them.
+    """
 
     def __init__(
         self,
@@ -68,11 +75,18 @@ class Sweep(Update):
         optimizer: OneSweep,
         averages: Sequence[Average],
         max_grad_norm: float | None,
+        networks: Sequence[nn.Module] | None = None,
     ) -> None:
-        configure(optimizer, averages, max_grad_norm)
+        for average in averages:
+            if average not in optimizer.averages:
+                optimizer.add_ema(average)
+        if optimizer.max_grad_norm is None:
+            optimizer.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.max_grad_norm = optimizer.max_grad_norm
         self.averages = optimizer.averages
-        self.networks = [optimizer.ema_module(i, net) for i in range(len(self.averages))]
+        if networks is None:
+            networks = [optimizer.ema_module(i, net) for i in range(len(self.averages))]
+        self.networks = networks
         self._optimizer = optimizer
 
     @property
@@ -85,17 +99,6 @@ class Sweep(Update):
 
     def step(self) -> None:
         self._optimizer.step()
-
-
-def configure(
-    optimizer: OneSweep, averages: Sequence[Average], max_grad_norm: float | None
-) -> None:
-    """Give an optimizer the averages that it lacks, and a largest norm if it has none."""
-    for average in averages:
-        if average not in optimizer.averages:
-            optimizer.add_ema(average)
-    if optimizer.max_grad_norm is None:
-        optimizer.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
 
 
 class Stock(Update):

@@ -25,10 +25,10 @@ from fastcm import (
 from fastcm.cli.recipes import Recipe
 from fastcm.cli.tables import DISTILLATIONS, METHODS, TWO_TIMES
 from fastcm.networks import MLP, DiT, UNet
+from fastcm.networks.blocks import repeated_blocks
 from fastcm.objectives.base import Objective
 from fastcm.planning import count
 from fastcm.planning.counting import Counts
-from fastcm.planning.ledger import blocks
 
 B = 8
 
@@ -194,7 +194,7 @@ def test_checkpointed_activations_are_those_of_checkpointed_blocks(name: str) ->
     net = make()
     found = of(net, shape, FlowMatching())
     inner = []
-    for block in blocks(net):
+    for block in repeated_blocks(net):
         forward = block.forward
         block.forward = lambda *a, f=forward: checkpoint(f, *a, use_reentrant=False)
         block.register_forward_pre_hook(lambda m, a: inner.append((m, a)))
@@ -236,7 +236,7 @@ def test_blocks_that_are_checkpointed_in_place_are_counted_so() -> None:
     make, shape = NETWORKS["dit"]
     net = make()
     plain = of(net, shape, FlowMatching())
-    for block in blocks(net):
+    for block in repeated_blocks(net):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     again = of(net, shape, FlowMatching(), memory_only=True)
     # without what the last block holds while it is computed again

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastcm import ConsistencyTraining, ContinuousConsistency, FlowMatching, MeanFlow, Trainer
 from fastcm.networks import MLP, DiT, UNet
-from fastcm.training.blocks import checkpoint_blocks, is_checkpointed, repeated_blocks
+from fastcm.networks.blocks import repeated_blocks
+from fastcm.training.blocks import checkpoint_blocks, is_checkpointed
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MLP(shape=(1, 8, 8), width=32, depth=6),
