@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -256,36 +259,47 @@ def each_process_goes_on_where_its_own_data_stood(folder: Path) -> None:
     refused("position in the data of 2 processes, there are 1", lambda: alone.load(folder))
 
 
-def work(rank: int, world: int, port: int, folder: str, cases: bool) -> None:
+Noted = Callable[[str, Callable[[], Any]], None]
+
+
+@contextmanager
+def reporting(rank: int, world: int, port: int, here: Path) -> Iterator[Noted]:
+    """One of several processes, which notes what functions give, or their traceback, in a file."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}
-    here = Path(folder)
 
-    def run(name: str, function: Callable[[], Any]) -> None:
+    def noted(name: str, function: Callable[[], Any]) -> None:
         try:
             found[name] = function()
         except Exception:
             found[name] = traceback.format_exc()
+
+    yield noted
+    torch.save(found, here / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def work(rank: int, world: int, port: int, folder: str, cases: bool) -> None:
+    here = Path(folder)
 
     def trained(make: Callable[..., Trainer]) -> dict[str, Tensor]:
         result = make(parallel="ddp").fit(STEPS)
         assert same_everywhere(result)
         return everything(result)
 
-    for name, make in INVARIANT.items():
-        if world > 2 and name not in IN_FOUR:
-            continue
-        run(name, lambda make=make: trained(make))  # type: ignore
-    run("resumed", lambda: resumed(here / "run", parallel="ddp"))
-    run("bits", lambda: stopped_and_not(here / f"bits-{world}"))
-    for name, function in CASES.items() if cases else ():
-        run(name, lambda function=function, name=name: function(here / name))  # type: ignore
-    torch.save(found, here / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
+    with reporting(rank, world, port, here) as noted:
+        for name, make in INVARIANT.items():
+            if world > 2 and name not in IN_FOUR:
+                continue
+            noted(name, lambda make=make: trained(make))  # type: ignore
+        noted("resumed", lambda: resumed(here / "run", parallel="ddp"))
+        noted("bits", lambda: stopped_and_not(here / f"bits-{world}"))
+        for name, function in CASES.items() if cases else ():
+            noted(name, lambda function=function, name=name: function(here / name))  # type: ignore
 
 
 def worker(launcher: int, rank: int) -> int:
@@ -295,6 +309,23 @@ def worker(launcher: int, rank: int) -> int:
         if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
             return int(child)
     raise AssertionError(f"no process {rank} among {children}")
+
+
+def killed(launcher: subprocess.Popen[str], checkpoint: Path) -> str:
+    """Kill the second process of torchrun once a checkpoint is there; what was said to the end."""
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(worker(launcher.pid, 1), signal.SIGKILL)
+        told, _ = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, told
+    told = told.replace("\n", " ")
+    assert "Traceback" not in told and "fastcm: " not in told
+    return told
 
 
 def resumed(run: Path, **options: Any) -> dict[str, Tensor]:

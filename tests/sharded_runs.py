@@ -5,17 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_runs import DATA, LABELS, STEPS, Broken, differing, refused, trainer
+from parallel_runs import DATA, LABELS, STEPS, Broken, differing, refused, reporting, trainer
 from torch import Tensor, nn
 
 import fastcm
@@ -380,34 +378,20 @@ def what_cannot_be_sharded_is_refused_by_name(_: Path) -> None:
 
 
 def work(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found: dict[str, Any] = {}
     here = Path(folder)
-
-    def noted(name: str, function: Callable[[], Any]) -> None:
-        try:
-            found[name] = function()
-        except Exception:
-            found[name] = traceback.format_exc()
-
-    for name, make in INVARIANT.items():
-        if world == 2 or name in IN_FOUR:
-            steps = steps_of(name)
-            noted(name, lambda make=make, n=steps: ended(make(parallel="fsdp").fit(n)))  # type: ignore
-    for name, shape in MESHES[world].items():
-        place = here / f"{name}-{world}"
-        noted(name, lambda shape=shape, place=place: on_mesh(shape, place))  # type: ignore
-    noted("resumed", lambda: resumed(here / "run", parallel="fsdp"))
-    if world == 2:
-        noted("bits", lambda: stopped_and_not(here / "bits"))
-    for name, function in CASES.items() if world == 2 else ():
-        noted(name, lambda function=function, name=name: function(here / name))  # type: ignore
-    torch.save(found, here / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
+    with reporting(rank, world, port, here) as noted:
+        for name, make in INVARIANT.items():
+            if world == 2 or name in IN_FOUR:
+                n = steps_of(name)
+                noted(name, lambda make=make, n=n: ended(make(parallel="fsdp").fit(n)))  # type: ignore
+        for name, shape in MESHES[world].items():
+            place = here / f"{name}-{world}"
+            noted(name, lambda shape=shape, place=place: on_mesh(shape, place))  # type: ignore
+        noted("resumed", lambda: resumed(here / "run", parallel="fsdp"))
+        if world == 2:
+            noted("bits", lambda: stopped_and_not(here / "bits"))
+        for name, function in CASES.items() if world == 2 else ():
+            noted(name, lambda function=function, name=name: function(here / name))  # type: ignore
 
 
 def on_mesh(shape: tuple[int, ...], folder: Path) -> dict[str, Tensor]:

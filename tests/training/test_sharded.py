@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_runs import CASES, IN_FOUR, INVARIANT, MESHES, ended, mlp, resumed, run, steps_of, work
-from test_parallel import assert_close, assert_equal, free_port
+from test_parallel import assert_close, assert_equal, spawned
 from torch import Tensor
 
 from fastcm import FlowMatching, Sampler
@@ -24,20 +23,6 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no di
 Found = dict[str, Any]
 
 
-def spawned(world: int, folder: Path) -> list[Found]:
-    """What each of several processes found; a traceback where it failed."""
-    context = torch.multiprocessing.spawn(
-        work, (world, free_port(), str(folder)), nprocs=world, join=False
-    )
-    deadline = time.monotonic() + 240
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes wait for each other")
-    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
@@ -45,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[Found]:
-    return spawned(2, folder)
+    return spawned(work, 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +42,7 @@ def resumed_alone(two: list[Found], folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def four(resumed_alone: dict[str, Tensor], folder: Path) -> list[Found]:
-    return spawned(4, folder)
+    return spawned(work, 4, folder)
 
 
 @pytest.fixture(scope="module")
