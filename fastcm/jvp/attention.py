@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastcm.jvp import registered as registered  # the operator exists
+from fastcm.jvp import blocked as blocked  # the operators exist
+from fastcm.jvp import registered as registered
 from fastcm.ops.dispatch import HAS_KERNELS
 
 _SCORES = 2**22
@@ -59,6 +60,14 @@ def attention_dual(
         operands = (x if x is None else _four(x) for x in (q, k, v, tq, tk, tv))
         o, to, _ = torch.ops.fastcm.attention_dual(*operands, is_causal, scale)
         return o.reshape(q.shape), to.reshape(q.shape)
+    if _is_blocked(q, k, v):
+        given = [x if x is None else _four(x) for x in (q, k, v, tq, tk, tv)]
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *given[:3], 0.0, is_causal, scale=scale
+        )
+        with torch.no_grad():
+            to = torch.ops.fastcm.cpu_attention_tangent(*given, o, lse, is_causal, scale)
+        return o.reshape(q.shape), to.reshape(q.shape)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     rows = max(1, _SCORES // max(k.shape[-2] * q.shape[:-2].numel(), 1))
     with torch.no_grad():
@@ -95,6 +104,17 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and v.shape[-1] == D
         and q.numel() > 0
         and k.numel() > 0
+    )
+
+
+def _is_blocked(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """What torch's fused attention of CPUs takes; its result and gradient stay what they were."""
+    return (
+        q.is_cpu
+        and q.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+        and v.shape[-1] == q.shape[-1]
+        and all(x.stride(-1) == 1 and x.numel() > 0 for x in (q, k, v))
     )
 
 
