@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastcm.ema import Average
 from fastcm.optim import sharding
-from fastcm.optim.averages import Live, alive, swapped
+from fastcm.optim.averages import Live
 from fastcm.optim.backends import Backend, choose, is_capturing
 from fastcm.optim.layout import Layout
 from fastcm.optim.state import (
@@ -25,11 +24,12 @@ from fastcm.optim.state import (
     fill,
 )
 from fastcm.optim.tables import Tables
+from fastcm.optim.views import Views
 
 Closure = Callable[[], Any]
 
 
-class OneSweep(Optimizer):
+class OneSweep(Views, Optimizer):
     """What `AdamW` and `RAdam` share: everything but the scalars of the step."""
 
     _radam = False
@@ -261,76 +261,19 @@ class OneSweep(Optimizer):
             self._build()
         return len(self.averages) - 1
 
-    @contextmanager
-    def averaged(self, i: int, module: nn.Module) -> Iterator[nn.Module]:
-        """Inside, the parameters of `module` hold average `i`.
-
-        They are copied in and put back at the end; parameters that the optimizer does not have
-        stay as they are.
+    def keep_shadows(self, dtype: torch.dtype, averages: Sequence[int] = ()) -> None:
+        """Keep low-precision copies of the parameters, and of these averages, from now on.
 
         Raises:
-            ValueError: no such average, or no parameter of the optimizer in `module`.
+            ValueError: there are copies of another dtype; no such average.
         """
-        with torch.no_grad():
-            find = self._finder(self._average(i))
-            context = swapped(module, find)
-            context.__enter__()
-        outer, self._swapped = self._swapped, True
-        try:
-            yield module
-        finally:
-            self._swapped = outer
-            with torch.no_grad():
-                context.__exit__(None, None, None)
-
-    def ema_module(self, i: int, module: nn.Module) -> nn.Module:
-        """A copy of `module`, in eval mode, whose parameters are average `i`: live, not copied.
-
-        `step` updates it, its buffers too. It takes no memory of its own for parameters.
-
-        Raises:
-            ValueError: no such average, a sharded module, or none of the optimizer's parameters.
-        """
-        return self._live_module(module, self._average(i))
-
-    def shadow_module(self, module: nn.Module, i: int | None = None) -> nn.Module:
-        """As `ema_module` with the low-precision copies of the parameters, or of average `i`.
-
-        Raises:
-            ValueError: as `ema_module`, or there is no such copy.
-        """
-        wanted = -1 if i is None else i
-
-        def flat(layout: Layout) -> Tensor:
-            if wanted not in layout.shadow_sources:
-                raise ValueError(
-                    f"there is no low-precision copy of {'parameters' if i is None else i}: give "
-                    "the optimizer shadow_dtype, and shadow_ema for averages"
-                )
-            return layout.shadows[layout.shadow_sources.index(wanted)]
-
-        return self._live_module(module, flat)
-
-    def _average(self, i: int) -> Callable[[Layout], Tensor]:
-        if not -len(self.averages) <= i < len(self.averages):
-            raise ValueError(f"there is no average {i}: the optimizer has {len(self.averages)}")
-        return lambda layout: layout.averages[i]
-
-    def _finder(self, flat: Callable[[Layout], Tensor]) -> Callable[[Tensor], Tensor | None]:
-        if self._layout is None:
+        if self.shadow_dtype not in (None, dtype):
+            raise ValueError(f"the optimizer keeps {self.shadow_dtype} copies, not {dtype}")
+        wanted = tuple(sorted({*self.shadow_ema, *averages}))
+        check_copies(self.max_grad_norm, self.averages, dtype, wanted)
+        self.shadow_dtype, self.shadow_ema = dtype, wanted
+        if self._layout is not None:
             self._build()
-
-        def find(parameter: Tensor) -> Tensor | None:
-            assert self._layout is not None
-            slot = self._layout.find(parameter)
-            return None if slot is None else slot.view(flat(self._layout))
-
-        return find
-
-    def _live_module(self, module: nn.Module, flat: Callable[[Layout], Tensor]) -> nn.Module:
-        network, live = alive(module, self._finder(flat))
-        self._live.append(live)
-        return network
 
     @property
     def grad_norm(self) -> Tensor:

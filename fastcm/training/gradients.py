@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
 
 from fastcm.networks.conditions import rows_of
 from fastcm.networks.protocol import Network
@@ -19,6 +20,7 @@ from fastcm.planning import shortage
 from fastcm.precision import Autocast, Precision, check_precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.training.blocks import compile_blocks
+from fastcm.training.half_weights import HalfWeights, half_weights
 from fastcm.training.mean_gradients import MeanGradients
 from fastcm.training.parallel import Processes, lost_peers
 from fastcm.training.sharded import Sharding
@@ -53,6 +55,7 @@ class Gradients:
         processes: that compute gradients of their rows each; their mean is what is left.
         spread: what made shards of the networks, which then average gradients themselves: those of
             each micro-batch at once, so that its shard is all that a process keeps of them.
+        optimizer: of the student; where that pays, it keeps bfloat16 weights, see `HalfWeights`.
         log: receives one line about the choice that "auto" made.
     """
 
@@ -68,6 +71,7 @@ class Gradients:
         paired: bool = False,
         processes: Processes | None = None,
         spread: Sharding | None = None,
+        optimizer: Optimizer | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_precision(precision)
@@ -93,6 +97,9 @@ class Gradients:
         self.processes = processes or Processes()
         self.spread = spread
         self._mean: MeanGradients | None = None
+        self._half: HalfWeights | None = None
+        if self.precision == "bf16" and not self.processes.joined and spread is None:
+            self._half = half_weights(net, target_net, optimizer, objective.target_average)
         self._log = log
         if compile == "regional":
             compile_blocks(net)
@@ -135,6 +142,9 @@ class Gradients:
             self._warn_of_memory(x0, cond)
             long = remaining >= _WORTH_FUSING_STEPS
             self._fuse = self._may_fuse and long and door(x0, noisy=True) is Door.KERNEL
+        if self._half is not None and not self._half.found:
+            with _undone(self.net, self._parameters, x0.device):
+                self._half.find(lambda: self._loss(x0, cond, key.tensor))
         if self.processes.joined and self._mean is None and self.spread is None:
             self._mean = self._prepared(x0, cond, key)
         if self.compiled is None:
@@ -146,6 +156,11 @@ class Gradients:
         if self.spread is not None:
             self.spread.forget()
         return loss
+
+    def refresh(self) -> None:
+        """Take note of weights that were written from outside, before a captured step."""
+        if self._half is not None:
+            self._half.refresh()
 
     def _warn_of_memory(self, x0: Tensor, cond: Any) -> None:
         """Say once, before the first step, if less memory is free than it will need."""
@@ -203,9 +218,7 @@ class Gradients:
         mean: MeanGradients | None = None,
     ) -> Tensor:
         if self.accumulate == 1:
-            value = loss(x0, cond, key.tensor) if mean is None else mean(loss, x0, cond, key.tensor)
-            value.backward()
-            return value.mean.detach()
+            return self._pass(loss, x0, cond, key.tensor, mean).mean.detach()
         count, ragged = divmod(len(x0), self.accumulate)
         if ragged:
             raise ValueError(f"{len(x0)} samples do not make {self.accumulate} equal micro-batches")
@@ -213,15 +226,29 @@ class Gradients:
         at = key.tensor.clone()
         for rows in range(0, len(x0), count):
             part = (x0[rows : rows + count], rows_of(cond, slice(rows, rows + count)))
-            if mean is None:
-                value = loss(*part, at)
-            else:
-                value = mean(loss, *part, at, last=rows + count == len(x0))
-            value.backward(1 / self.accumulate)
+            last = rows + count == len(x0)
+            value = self._pass(loss, *part, at, mean, share=1 / self.accumulate, last=last)
             total += value.mean.detach() / self.accumulate
             at = at.clone()  # the noise of row i is that of row i of the whole batch
             at[2] += count
         return total.to(value.mean.dtype)
+
+    def _pass(
+        self,
+        loss: Callable[..., Loss],
+        x0: Tensor,
+        cond: Any,
+        key: Tensor,
+        mean: MeanGradients | None,
+        *,
+        share: float = 1.0,
+        last: bool = True,
+    ) -> Loss:
+        """Forward and backward, of which `share` counts."""
+        with nullcontext() if self._half is None else self._half():
+            value = loss(x0, cond, key) if mean is None else mean(loss, x0, cond, key, last=last)
+            value.backward(share)
+        return value
 
     def _loss(self, x0: Tensor, cond: Any, key: Tensor) -> Loss:
         bf16 = self.precision == "bf16"

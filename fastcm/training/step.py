@@ -76,12 +76,11 @@ class Step:
         if graph == "step" and obstacle:
             raise ValueError(f"graph='step' is not possible: {obstacle}")
         if graph != "off" and not obstacle:
-            assert isinstance(optimizer, OneSweep)
             self._side = Side(key.device)
             self._graphed = Graphed(
                 self._work,
                 self._side,
-                moved=optimizer.prepare,
+                moved=self._moved,
                 obstacle=self._without_gradient,
                 release=partial(optimizer.zero_grad, set_to_none=True),
                 must=graph == "step",
@@ -101,6 +100,12 @@ class Step:
         if self.gradients.masks_are_shared:
             return "student and target share dropout masks, which a graph would draw anew"
         return None
+
+    def _moved(self) -> bool:
+        """Whether a captured step is void; what changed on the host is sent to the device."""
+        self.gradients.refresh()
+        assert isinstance(self._optimizer, OneSweep)
+        return self._optimizer.prepare()
 
     def _without_gradient(self) -> str | None:
         """Asked after some steps, before one is captured."""

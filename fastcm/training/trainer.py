@@ -168,6 +168,7 @@ class Trainer:
             paired=getattr(self.source, "paired", False),
             processes=self.processes,
             spread=spread,
+            optimizer=optimizer,
             log=self.log,
         )
         gradients.check_batch(batch_size)
