@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastcm import networks
 from fastcm.evaluation.pictures import save_grid
-from fastcm.runs import checkpoint
+from fastcm.runs import checkpoint, frozen
 from fastcm.runs.description import parameterization_from
 from fastcm.runs.files import CheckpointError, read_state, replace_file, write_tensors
 from fastcm.sampling import Sampler, append_weight
@@ -48,6 +48,7 @@ def save_pretrained(
     ema: int = 0,
     steps: int | None = None,
     method: Method | None = None,
+    net: nn.Module | None = None,
 ) -> Path:
     """Write the newest checkpoint of a run as a folder for `from_pretrained`.
 
@@ -58,13 +59,16 @@ def save_pretrained(
         steps: evaluations that the folder's sampler takes unless told otherwise; default 1, of the
             ODE 50.
         method: of the sampler; default what suits the objective.
+        net: of a run that leaves out its frozen parameters: a network that has them, which takes
+            the others from the run.
 
     Returns:
         The folder. Of networks that describe themselves the card shows samples, if images.
 
     Raises:
         FileNotFoundError, CheckpointError: no intact run there.
-        ValueError: no such average, steps < 1; `folder` is that of a run.
+        ValueError: no such average, steps < 1; `folder` is that of a run; frozen parameters that
+            are missing, or not those of the run.
     """
     out = Path(folder)
     if (out / checkpoint.CHECKPOINTS).exists():
@@ -88,11 +92,17 @@ def save_pretrained(
     }
     if config["steps"] < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
+    weights = found.groups[group]
+    if net is None:
+        frozen.check_whole(found)
+    else:
+        frozen.fill(net, found, group)
+        weights = checkpoint.weights_of(net)
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / WEIGHTS, found.groups[group])
+    write_tensors(out / WEIGHTS, weights)
     replace_file(out / CONFIG, json.dumps(config, indent=1).encode())
     picture = None if config["network"] is None else _picture(from_pretrained(out), out)
-    replace_file(out / CARD, _card(config, found.groups[group], picture).encode())
+    replace_file(out / CARD, _card(config, weights, picture).encode())
     return out
 
 

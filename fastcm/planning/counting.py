@@ -91,18 +91,18 @@ def count(
     """
     check_precision(precision)
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-        student = without_memory(net).train()
+        memo: dict[int, Any] = {}
+        student = without_memory(net, memo).train()
         ledger = Ledger(Saved(student))
         calls: list[_Call] = []
 
         def counted(module: nn.Module, role: str) -> _Counted:
             return _Counted(module, role, ledger, calls, precision, device_type)
 
-        memo: dict[int, Any] = {}
         for role in ("teacher", "metric"):
             module = getattr(objective, role, None)
             if isinstance(module, nn.Module):
-                memo[id(module)] = counted(without_memory(module), role)
+                memo[id(module)] = counted(without_memory(module, memo), role)
         method = copy.deepcopy(objective, memo)
         x0, z = on_meta(x0), None
         if paired:

@@ -29,18 +29,23 @@ _FULL = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, torch.softmax, Te
 """What it computes in float32 on a GPU."""
 
 
-def without_memory(module: nn.Module) -> nn.Module:
+def without_memory(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy whose tensors have no memory; the original's are not read.
+
+    Args:
+        module: the network.
+        memo: of `copy.deepcopy`: what has been copied already, and is not copied again. A teacher
+            may be the student in another state.
 
     Raises:
         Exception: whatever a part of it raises that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     for part in module.modules():
         held = (part._parameters, part._buffers, vars(part))
         for tensor in (value for table in held for value in table.values()):
             if isinstance(tensor, Tensor):
-                memo[id(tensor)] = _empty(tensor)
+                memo.setdefault(id(tensor), _empty(tensor))
     return copy.deepcopy(module, memo)
 
 

@@ -22,16 +22,30 @@ def weights_of(net: nn.Module) -> dict[str, Tensor]:
     return {name.replace(_COMPILED, ""): tensor for name, tensor in net.state_dict().items()}
 
 
+def frozen_of(net: nn.Module) -> dict[str, Tensor]:
+    """The parameters among `weights_of` that require no gradient."""
+    held = net.state_dict(keep_vars=True)
+    return {
+        name.replace(_COMPILED, ""): tensor.detach()
+        for name, tensor in held.items()
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    }
+
+
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """The inverse of `weights_of`."""
+    """The inverse of `weights_of`; what is not among the weights stays as it is."""
     names = {name.replace(_COMPILED, ""): name for name in net.state_dict()}
-    net.load_state_dict({names.get(name, name): tensor for name, tensor in weights.items()})
+    named = {names.get(name, name): tensor for name, tensor in weights.items()}
+    unknown = net.load_state_dict(named, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{type(net).__name__} has no {unknown[0]}")
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short fingerprint of named tensors."""
+def digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """A short fingerprint of named tensors, of what they are in `dtype` if that is given."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        here = tensor.detach().cpu().to(dtype or tensor.dtype)
+        sha.update(here.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

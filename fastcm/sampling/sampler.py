@@ -20,7 +20,7 @@ from fastcm.paths import Path
 from fastcm.precision import Precision, check_precision
 from fastcm.progress import Progress
 from fastcm.rng import check_key
-from fastcm.runs import checkpoint
+from fastcm.runs import checkpoint, frozen
 from fastcm.runs.description import parameterization_from
 from fastcm.sampling.engine import Engine, Graph, Method, batches, host_key, of_samples, padded
 from fastcm.sampling.functions import (
@@ -169,12 +169,14 @@ class Sampler:
         Args:
             directory: written by `Trainer` or ``fastcm train``.
             ema: which average of the weights; -1 takes the raw weights.
-            net: a network of the run's architecture, if it is not one of `fastcm.networks`.
+            net: a network of the run's architecture, if it is not one of `fastcm.networks`; with
+                its frozen parameters, if the run does not save these.
             device: where to sample.
             **options: steps, times, method, ... of the constructor.
 
         Raises:
-            FileNotFoundError, ValueError: no run there; no network description and no net given.
+            FileNotFoundError, ValueError: no run there; no network description and no net given;
+                frozen parameters that are not those of the run.
         """
         group = "model" if ema == -1 else f"average_{ema}"
         found, damaged = checkpoint.load_newest(
@@ -188,15 +190,14 @@ class Sampler:
                 f"ema must be in [-1, {state['num_averages']}) for {directory}, got {ema}"
             )
         if net is None:
+            frozen.check_whole(found)
             if state["network"] is None:
                 raise ValueError(
                     f"{directory} does not describe its network: give from_run(..., net=...) one "
                     "of the same architecture"
                 )
             net = networks.build(state["network"])
-        weights = found.groups[group]
-        checkpoint.check_tensors(f"{found.path.name}", weights, checkpoint.weights_of(net))
-        checkpoint.load_weights(net, weights)
+        frozen.fill(net, found, group)
         options = {"shape": state["shape"], "null_condition": state["null_condition"], **options}
         p = parameterization_from(state["parameterization"])
         return cls(net, p, device=device, **options)  # type: ignore[arg-type]

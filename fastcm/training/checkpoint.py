@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcm.runs import checkpoint
+from fastcm.runs import checkpoint, frozen
 from fastcm.runs.checkpoint import CheckpointError
 from fastcm.runs.description import differences
 from fastcm.training.optimizer_state import check_optimizer
@@ -74,6 +74,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any], processes: Proce
     )
     for error in damaged:
         warnings.warn(f"{error}; falling back to {found.path}", stacklevel=3)
+    frozen.check_resumes(run, found.state.get("config"), config)
     changed = differences(found.state.get("config"), json.loads(json.dumps(config)))
     if changed:
         raise ValueError(f"{run} was trained under another configuration: " + "; ".join(changed))

@@ -28,6 +28,7 @@ def configuration(
     return {
         "objective": describe(gradients.objective) if spread is None else spread.objective,
         "network": getattr(net, "description", None) or type_of(plain(net)),
+        "frozen": state.left_out.fingerprint,
         "averages": describe(state.update.averages),
         "optimizer": type(state.optimizer).__name__,
         "param_groups": [

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fastcm.optim import sharding
 from fastcm.rng import NoiseKey
 from fastcm.runs.checkpoint import digest, weights_of
+from fastcm.runs.frozen import LeftOut
 from fastcm.training.data_state import DataState
 from fastcm.training.gradients import Gradients
 from fastcm.training.update import Update
@@ -28,6 +29,7 @@ class State:
         gradients: what computes them; holds whether they are compiled.
         key: where the noise stands.
         data: where data with an order of its own stands.
+        left_out: of the student's parameters, what checkpoints lack.
         step: how many were taken.
 
     Attributes:
@@ -40,6 +42,7 @@ class State:
     gradients: Gradients
     key: NoiseKey
     data: DataState
+    left_out: LeftOut = LeftOut()
     step: int = 0
     base_lr: list[float] = field(init=False)
 
@@ -60,7 +63,10 @@ class State:
         """The live tensors of the same networks, by group and name in a checkpoint."""
         count = len(self.update.averages)
         averages = {f"average_{i}": self.update.weights(i) for i in range(count)}
-        return {"model": weights_of(self.net), **averages}
+        return {
+            group: {name: w for name, w in held.items() if name not in self.left_out.names}
+            for group, held in {"model": weights_of(self.net), **averages}.items()
+        }
 
     def summary(self) -> dict[str, Any]:
         """The step, and a fingerprint of the student's weights if this process has them all."""

@@ -18,6 +18,7 @@ from fastcm.objectives.base import Objective
 from fastcm.optim import AdamW
 from fastcm.precision import Precision
 from fastcm.rng import NoiseKey
+from fastcm.runs.frozen import LeftOut
 from fastcm.training import blocks, checks
 from fastcm.training.checkpoint import restore
 from fastcm.training.configuration import configuration, metadata_of
@@ -75,6 +76,9 @@ class Trainer:
         save_every: steps between checkpoints; 0: only at the end of `fit`.
         keep: how many checkpoints to keep.
         keep_every: one of every so many steps is saved, too, and kept for ever; 0: none.
+        save_frozen: False: checkpoints leave out parameters that require no gradient, such as the
+            weights beneath LoRA layers. Whoever reads the run brings a network that has them, and
+            a fingerprint in the run tells whether they are its own.
         log_every: steps between metrics.
         progress: show a bar where there is a terminal.
         tensorboard: write the metrics to directory/tensorboard, too.
@@ -117,6 +121,7 @@ class Trainer:
         save_every: int = 0,
         keep: int = 3,
         keep_every: int = 0,
+        save_frozen: bool = True,
         log_every: int = 50,
         tensorboard: bool = False,
         progress: bool = True,
@@ -144,6 +149,7 @@ class Trainer:
             checks.check_parallel(net, self.source)
         optimizer = optimizer or AdamW(checks.trainable(net), lr=1e-3, weight_decay=0.0)
         blocks.apply_checkpoint(checkpoint, net, objective)
+        left_out = LeftOut() if save_frozen else LeftOut.of(net)  # before they are shards
         spread = sharding(net, objective, optimizer, parallel, self.processes)
         self.lr_schedule = lr_schedule
         self.callbacks = tuple(callbacks)
@@ -175,18 +181,11 @@ class Trainer:
         rows = self.processes.rows(batch_size, accumulate, getattr(objective, "period", 1))
         key = NoiseKey(seed, first_sample=rows.start, device=device)
         data_state = DataState(self.source, self.processes)
-        self.state = State(net, optimizer, self.update, gradients, key, data_state)
+        self.state = State(net, optimizer, self.update, gradients, key, data_state, left_out)
         self.stepper = Step(
-            self.source,
-            batch_size,
-            gradients,
-            optimizer,
-            self.update,
-            key,
-            rows=rows,
-            graph=graph,
-            log=self.log,
-        )
+            self.source, batch_size, gradients, optimizer, self.update, key,
+            rows=rows, graph=graph, log=self.log,
+        )  # fmt: skip
         self.metadata = metadata_of(net, objective)
         self._config: dict[str, Any] | None = None
         self._saving = Saving(

@@ -147,8 +147,10 @@ class Stock(Update):
         for average, network in zip(self.averages, self.networks):
             decay = average.decay(self._counts[0])
             keep = torch.where(finite, decay, torch.ones_like(decay))
-            mine = [sharding.local(p) for p in self._parameters]
-            ema.update_([sharding.local(p) for p in network.parameters()], mine, keep)
+            pairs = zip(network.parameters(), self._parameters)
+            own = [(theirs, ours) for theirs, ours in pairs if theirs is not ours]
+            mine = [sharding.local(p) for _, p in own]
+            ema.update_([sharding.local(p) for p, _ in own], mine, keep)
             for theirs, ours in zip(network.buffers(), self._net.buffers()):
                 theirs.copy_(ours)
         self._counts[0] += 1
@@ -177,7 +179,12 @@ def with_target(
 
 
 def _average_of(net: nn.Module) -> nn.Module:
-    average = copy.deepcopy(net).requires_grad_(False).eval()
-    for parameter in average.parameters():
-        parameter.data = parameter.data.float()
+    """A copy in float32; what is frozen is shared, unless others have to be cast."""
+    memo: dict[int, object] = {}
+    if all(p.dtype == torch.float32 for p in net.parameters() if p.requires_grad):
+        memo = {id(p): p for p in net.parameters() if not p.requires_grad}
+    average = copy.deepcopy(net, memo).requires_grad_(False).eval()
+    if not memo:
+        for parameter in average.parameters():
+            parameter.data = parameter.data.float()
     return average

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import fastcm
-from fastcm import networks
+from fastcm import networks, planning
 from fastcm.adapters import lora
+from fastcm.runs.checkpoint import list_checkpoints
+from fastcm.runs.checkpoint import load as load_checkpoint
 
 peft = pytest.importorskip("peft")
 
@@ -124,3 +126,37 @@ def test_diffusers_reads_what_is_saved(tmp_path: Path) -> None:
     assert not torch.allclose(other(x, t, prompt).sample, want)
     other.load_lora_adapter(str(tmp_path), weight_name=file.name, prefix="unet")
     torch.testing.assert_close(other(x, t, prompt).sample, want)
+
+
+def test_a_run_of_layers_alone_is_read_into_the_base_with_layers(tmp_path: Path) -> None:
+    student = with_lora(base())
+    trainer = distilled(student, directory=tmp_path, save_frozen=False)
+    (checkpoint,) = list_checkpoints(tmp_path)
+    groups = load_checkpoint(checkpoint).groups
+    assert groups["model"] and all("lora_" in name for name in groups["model"])
+    read = fastcm.Sampler.from_run(tmp_path, net=with_lora(base()), steps=1)
+    average = trainer.ema_network(0)
+    assert torch.equal(read.net(X, T), average(X, T))
+    torch.testing.assert_close(lora.merged(read.net)(X, T), average(X, T))
+    resumed = distilled(with_lora(base()), 0, directory=tmp_path, save_frozen=False).load()
+    assert resumed.step == 4 and torch.equal(resumed.net(X, T), student(X, T))
+    with pytest.raises(fastcm.CheckpointError, match=r"lora_.* is unexpected"):
+        fastcm.Sampler.from_run(tmp_path, net=base())
+
+
+def test_a_step_is_planned_with_one_base() -> None:
+    net = base()
+    frozen = sum(p.nbytes for p in net.parameters())
+    student = with_lora(net)
+    layers = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    objective = fastcm.ConsistencyDistillation(lora.WithoutAdapters(student))
+    plan = planning.plan(student, objective, shape=(2,), batch=8)
+    held = plan.memory["whole"][False]
+    assert held["parameters"] == frozen + 4 * layers and held["teacher"] == 0
+    assert held["moments"] == 8 * layers and held["averages"] == 8 * layers  # also the target's
+    assert [e.network for e in plan.counts.evaluations] == ["teacher", "target", "student"]
+    own = planning.plan(student, fastcm.ConsistencyDistillation(base()), shape=(2,), batch=8)
+    assert own.memory["whole"][False]["teacher"] == frozen
+    # without the products of the layers
+    assert plan.counts.flops("teacher") == own.counts.flops("teacher")
+    assert plan.counts.flops("teacher") < plan.counts.flops("target")
