@@ -264,6 +264,21 @@ def a_checkpoint_is_of_the_parts_of_all(folder: Path) -> None:
 
 
 @case
+def what_is_frozen_is_left_out_of_the_parts(folder: Path) -> None:
+    options: dict[str, Any] = {"parallel": "fsdp", "save_frozen": False, "directory": folder}
+    wanted = ended(partly(parallel="fsdp").fit(3))
+    partly(**options).fit(2)
+    found = partly(**options).load().fit(1)
+    now = ended(found)
+    assert now and not any(".blocks.0." in name for name in now)
+    assert all(torch.equal(value, wanted[name]) for name, value in now.items())
+    net = mlp()
+    net.blocks[0].requires_grad_(False)
+    read = fastcm.Sampler.from_run(folder, net=net, ema=-1).net.state_dict()
+    assert all(torch.equal(value, wanted[f"model.{name}"]) for name, value in read.items())
+
+
+@case
 def a_damaged_part_makes_all_fall_back(folder: Path) -> None:
     for damage in ("altered", "missing"):
         here = folder / damage

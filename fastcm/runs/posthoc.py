@@ -102,7 +102,8 @@ def from_run(
         step: where its profile ends; default at the newest checkpoint.
 
     Returns:
-        A state dict for the network of the run.
+        A state dict for the network of the run; without the frozen parameters, if it leaves out
+        these.
 
     Raises:
         FileNotFoundError, CheckpointError: no checkpoint, or none that is intact.

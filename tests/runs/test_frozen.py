@@ -115,10 +115,10 @@ def test_another_base_or_none_is_named(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_as_it_saves(tmp_path: Path) -> None:
     trainer(directory=tmp_path / "small").fit(1)
-    with pytest.raises(ValueError, match="leaves out .*: resume it with save_frozen=False, and"):
+    with pytest.raises(ValueError, match=r"leaves out .*: resume it with save_frozen=False, and"):
         trainer(save_frozen=True).load(tmp_path / "small")
     trainer(save_frozen=True, directory=tmp_path / "whole").fit(1)
-    with pytest.raises(ValueError, match="holds its frozen .*: resume it with save_frozen=True"):
+    with pytest.raises(ValueError, match=r"holds its frozen .*: resume it with save_frozen=True"):
         trainer().load(tmp_path / "whole")
     nothing_frozen = MLP((2,), 8, depth=1)  # then nothing is left out
     trainer(nothing_frozen, directory=tmp_path / "plain").fit(1)
