@@ -1,7 +1,7 @@
 """The benchmarks by name.
 
 python -m benchmarks [PART ...] [--quick] [--out DIR]
-    PART: ops, optim, step, sampling, jvp, attention, parallel, data, or all
+    PART: ops, optim, step, sampling, jvp, attention, parallel, data, plan, lora, or all
 python -m benchmarks compare BEFORE.json AFTER.json
 python -m benchmarks report [--check]
 
@@ -46,6 +46,7 @@ PARTS = {
     "parallel": Part("test_parallel.py", "MLP and not scaling"),
     "data": Part("test_data.py"),
     "plan": Part("test_plan.py", "MLP"),
+    "lora": Part("test_lora.py", "256x4"),
 }
 NEEDED = {"pytest": "pytest"}
 

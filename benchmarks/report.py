@@ -34,6 +34,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "parallel": ("parallel_cpu", tables.parallel_table),
     "scaling": ("parallel_cpu", tables.scaling_table),
     "plan": ("plan_cpu", tables.plan_table),
+    "lora": ("lora_cpu", tables.lora_table),
     "photographs": ("quality_photographs_cpu", tables.quality_table),
     "data": ("data_cpu", tables.data_table),
     "ops-short": ("ops_cpu", partial(tables.ops_table, short=True)),
@@ -55,6 +56,7 @@ PAGES = {
     "docs/choose.md": ("choose",),
     "docs/scale.md": ("parallel", "scaling", "plan"),
     "docs/data.md": ("data",),
+    "docs/networks.md": ("lora",),
     "docs/benchmarks.md": (
         *("ops", "optim", "step", "sampling", "jvp", "attention", "codegen", "ops-gpu"),
         *("optim-gpu", "step-gpu", "sampling-gpu", "jvp-gpu", "attention-gpu"),

@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +22,11 @@ from torch import nn
 
 import fastcm
 from benchmarks.harness import Report
+from benchmarks.memory import forget, memory, state_bytes
 from benchmarks.processes import together
 from benchmarks.step_cases import LATENTS, SUBJECTS, Subject
 from fastcm import planning
 from fastcm.networks import MLP, DiT
-from fastcm.optim.one_sweep import OneSweep
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is of CPU processes")
 
@@ -48,19 +47,6 @@ SETTINGS = [
 ]
 
 
-def memory(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" the most since `forget`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def forget() -> None:
-    """Have the most memory counted from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 class Timed:
     """A function and the seconds of its calls."""
 
@@ -71,25 +57,6 @@ class Timed:
         start = time.perf_counter()
         self.function()
         self.taken.append(time.perf_counter() - start)
-
-
-def state_bytes(trainer: fastcm.Trainer) -> dict[str, int]:
-    """Of parameters, moments and averages, as they are."""
-    optimizer = trainer.optimizer
-    assert isinstance(optimizer, OneSweep)
-    held = [p for p in trainer.net.parameters() if p.requires_grad]
-    moments = sum(
-        optimizer.state[p][name].nbytes for p in held for name in ("exp_avg", "exp_avg_sq")
-    )
-    averages = sum(
-        p.nbytes for i in range(len(trainer.averages)) for p in trainer.ema_network(i).parameters()
-    )
-    buffers = list(trainer.net.buffers())
-    return {
-        "parameters": sum(t.nbytes for t in [*trainer.net.parameters(), *buffers]),
-        "moments": moments,
-        "averages": averages,
-    }
 
 
 def work(rank: int, world: int, name: str) -> dict[str, Any]:
@@ -157,7 +124,9 @@ def work(rank: int, world: int, name: str) -> dict[str, Any]:
         device_type="cpu",
     )
     wanted = made.memory["whole"][False]
-    assert state_bytes(trainer) == {k: wanted[k] for k in ("parameters", "moments", "averages")}
+    assert state_bytes(trainer) == {
+        k: wanted[k] for k in ("parameters", "moments", "averages", "teacher")
+    }
     predicted = {part.name: 1e3 * (part.seconds or 0.0) for part in made.parts}
     return {
         "parameters": made.parameters,

@@ -25,6 +25,9 @@ from fastcm.networks.protocol import Network
 _OFF = "_disable_adapters"
 """What a layer of peft asks at every call. Its own switch would also freeze the adapters."""
 
+_MARKS = {"peft_config", "_hf_peft_config_loaded"}
+"""By which peft and diffusers know a model that has layers."""
+
 
 def layers(net: nn.Module) -> list[Any]:
     """The LoRA layers of a network.
@@ -81,10 +84,13 @@ def _off(held: list[Any]) -> Iterator[None]:
 def merged(net: nn.Module) -> nn.Module:
     """A copy of a network with its LoRA layers added to the weights, and gone.
 
+    Of a ``PeftModel`` it is the model inside.
+
     Raises:
         ValueError: it has none.
     """
-    whole = copy.deepcopy(net)
+    whole: nn.Module = copy.deepcopy(net)
+    whole = getattr(whole, "get_base_model", lambda: whole)()
     for layer in layers(whole):
         layer.merge(safe_merge=True)
     for name, module in list(whole.named_modules()):
@@ -92,8 +98,9 @@ def merged(net: nn.Module) -> nn.Module:
             continue
         parent, _, last = name.rpartition(".")
         setattr(whole.get_submodule(parent), last, module.get_base_layer())
-    if hasattr(whole, "peft_config"):
-        del whole.peft_config
+    for module in whole.modules():
+        for mark in vars(module).keys() & _MARKS:
+            delattr(module, mark)
     return whole.requires_grad_(True)
 
 

@@ -112,7 +112,12 @@ _TIME = ("time", "temb", "t_emb")
 
 
 def check_network(net: nn.Module, objective: Objective) -> None:
-    """What an objective needs of a network."""
+    """What a trainer and an objective need of a network."""
+    if isinstance(net, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"net is wrapped in {type(net).__name__}, and its averages cannot be: give net.module, "
+            "and parallel='ddp' for several processes"
+        )
     check_signature("net", net, two_times=getattr(objective, "two_times", False))
     _check_dtypes(net)
     _check_times(net, objective)

@@ -96,6 +96,17 @@ def test_merged_is_a_plain_network() -> None:
     assert all(p.requires_grad for p in plain.parameters())
 
 
+def test_a_model_of_peft_is_a_student_too(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["fc", "modulation"])
+    student = peft.get_peft_model(base(), config)
+    average = distilled(student, directory=tmp_path, save_frozen=False).ema_network(0)
+    read = fastcm.Sampler.from_run(tmp_path, net=peft.get_peft_model(base(), config), steps=1).net
+    assert torch.equal(read(X, T), average(X, T))
+    plain = lora.merged(read)
+    assert type(plain) is networks.MLP and not hasattr(plain, "peft_config")
+    torch.testing.assert_close(plain(X, T), average(X, T))
+
+
 def test_a_network_without_layers_is_named(tmp_path: Path) -> None:
     for act in (lora.WithoutAdapters, lora.merged, lambda net: lora.save_lora(net, tmp_path)):
         with pytest.raises(ValueError, match="MLP has no LoRA layers: put them in with peft"):
@@ -160,3 +171,26 @@ def test_a_step_is_planned_with_one_base() -> None:
     # without the products of the layers
     assert plan.counts.flops("teacher") == own.counts.flops("teacher")
     assert plan.counts.flops("teacher") < plan.counts.flops("target")
+
+
+def test_merged_layers_are_a_pipeline_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from tiny_models import MODELS
+
+    from fastcm.adapters.diffusers import load, save
+
+    tiny = MODELS["sd"]
+    loaded = load(tiny.write(tmp_path / "teacher"))
+    loaded.network.model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    for name, p in loaded.network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.3)
+    options: dict[str, Any] = {"path": loaded.parameterization, "steps": 2}
+    plain = lora.merged(loaded.network)
+    save(plain, tmp_path / "student", like=tmp_path / "teacher", **options)
+    again = load(tmp_path / "student").network
+    x, t = torch.randn(2, *tiny.shape), torch.tensor([3.0, 900.0])
+    want = loaded.network(x, t, tiny.cond(2))
+    torch.testing.assert_close(again(x, t, tiny.cond(2)), want)
+    with lora._off(lora.layers(loaded.network)):
+        assert not torch.allclose(loaded.network(x, t, tiny.cond(2)), want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,27 @@ def partly_compiled() -> nn.Module:
     return net
 
 
+class VisionTransformer(nn.Module):
+    """A ViT of timm, whose tokens are told the time and made an image again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        timm: Any = pytest.importorskip("timm")
+        self.vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=(8, 12), patch_size=4, in_chans=1, embed_dim=16,
+            depth=2, num_heads=2, num_classes=0, global_pool="", class_token=False,
+        )  # fmt: skip
+        self.time = nn.Linear(1, 16)
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        tokens = self.vit.patch_embed(x) + self.vit.pos_embed + self.time(t[:, None])[:, None]
+        for block in self.vit.blocks:
+            tokens = block(tokens)
+        patches = self.last(self.vit.norm(tokens)).unflatten(1, (2, 3)).unflatten(-1, (4, 4))
+        return patches.permute(0, 1, 3, 2, 4).reshape(x.shape)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "audio": (lambda: Any2D(rank=1, channels=2), (2, 10)),
     "video": (lambda: Any2D(rank=3), (1, 3, 4, 5)),
@@ -80,6 +102,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "compiled": (lambda: torch.compile(Any2D(), backend="eager"), (1, 4, 4)),  # type: ignore
     "compiled parts": (partly_compiled, (1, 4, 4)),
     "bfloat16": (lambda: Any2D().bfloat16(), (1, 4, 4)),
+    "timm": (VisionTransformer, (1, 8, 12)),
 }
 
 
@@ -151,6 +174,49 @@ def test_weights_that_cannot_be_trained_are_named(dtype: torch.dtype) -> None:
         trainer(Any2D().to(dtype), fastcm.FlowMatching(), (1, 4, 4))
 
 
+class Prompted(Any2D):
+    """Several inputs besides state and time."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Any:
+        mask = cond["mask"][..., None]
+        told = (cond["prompt"] * mask).sum(1) / mask.sum(1) + cond["styles"][0]
+        return super().forward(x + told.mean(1).reshape(-1, 1, 1, 1), t)
+
+
+def test_a_network_of_several_inputs_is_taught_and_teaches(tmp_path: Path) -> None:
+    def cond(n: int) -> dict[str, Any]:
+        return {
+            "prompt": torch.randn(n, 3, 6),
+            "mask": torch.ones(n, 3),
+            "styles": (torch.ones(n, 6),),
+        }
+
+    net, null = Prompted(), {"prompt": 0.0, "mask": None, "styles": (None,)}
+    data = fastcm.Dataset(torch.randn(16, 1, 4, 4), cond=cond(16))
+    options: dict[str, Any] = {"batch_size": 8, "compile": False, "progress": False}
+    flow = fastcm.FlowMatching(condition_dropout=0.2, null_condition=null)
+    run = fastcm.Trainer(net, flow, data=data, directory=tmp_path, **options).fit(2)
+    objective = fastcm.ConsistencyDistillation(
+        run.ema_network(0), guidance=2.0, null_condition=null
+    )
+    student = fastcm.Trainer(Prompted(), objective, data=data, **options).fit(2)
+    sampler = Sampler(student.net, fastcm.Linear(), shape=(1, 4, 4), steps=2)
+    assert sampler(3, cond=cond(3)).isfinite().all()
+
+
+def test_what_is_wrapped_for_several_processes_teaches_and_is_unwrapped_to_be_taught() -> None:
+    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(Any2D())
+        message = r"wrapped in DistributedDataParallel.*: give net.module, and parallel='ddp'"
+        with pytest.raises(ValueError, match=message):
+            trainer(net, fastcm.FlowMatching(), (1, 4, 4))
+        trainer(Any2D(), fastcm.ConsistencyDistillation(net), (1, 4, 4)).fit(1)
+        assert Sampler(net, fastcm.Linear(), shape=(1, 4, 4))(2).isfinite().all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class WithoutCondition(Any2D):
     def forward(self, x: Tensor, t: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x, t)
@@ -159,6 +225,16 @@ class WithoutCondition(Any2D):
 class Tuple(Any2D):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Any:
         return (super().forward(x, t),)
+
+
+@dataclass
+class ModelOutput:
+    sample: Tensor
+
+
+class Output(Any2D):
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Any:
+        return ModelOutput(super().forward(x, t))
 
 
 def test_a_network_that_is_called_in_another_way_is_told_how() -> None:
@@ -174,5 +250,8 @@ def test_a_network_that_is_called_in_another_way_is_told_how() -> None:
         trainer(Any2D(), fastcm.MeanFlow(), (1, 4, 4))
     with pytest.raises(TypeError, match=r"s=s\)"):
         Sampler(Any2D(), fastcm.Linear(), method="flow-map")
-    with pytest.raises(TypeError, match="must return a tensor, got tuple: wrap it"):
-        trainer(Tuple(), fastcm.FlowMatching(), (1, 4, 4)).fit(1)
+    for net, name in ((Tuple(), "tuple"), (Output(), "ModelOutput")):
+        with pytest.raises(TypeError, match=f"must return a tensor, got {name}: wrap it"):
+            trainer(net, fastcm.FlowMatching(), (1, 4, 4)).fit(1)
+        with pytest.raises(TypeError, match=f"teacher must return a tensor, got {name}"):
+            trainer(Any2D(), fastcm.ConsistencyDistillation(net), (1, 4, 4)).fit(1)
