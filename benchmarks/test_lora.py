@@ -33,7 +33,6 @@ RANK, BATCH = 16, 8
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "DiT 256x4": lambda: DiT(4, 32, width=256, depth=4, num_heads=4),
     "DiT 384x12": lambda: DiT(4, 32),
-    "DiT 768x12": lambda: DiT(4, 32, width=768, depth=12, num_heads=12),
 }
 LAYERS = ["qkv", "proj", "fc1", "fc2"]
 

@@ -26,6 +26,13 @@ def half_of(net: Network) -> torch.dtype | None:
     return None
 
 
+def check_not_double(name: str, net: Network) -> None:
+    """Raise ValueError for a network in float64, which is never given a state of its own dtype."""
+    held = net.parameters() if isinstance(net, nn.Module) else ()
+    if {p.dtype for p in held} == {torch.float64}:
+        raise ValueError(f"{name} is in float64, and its x in float32: give {name}.float()")
+
+
 class Autocast:
     """A network with inputs of half precision, under autocast, whose output is what that makes.
 

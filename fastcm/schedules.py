@@ -272,9 +272,14 @@ def sampling_times(grid: Grid, steps: int, path: Path) -> list[float]:
 
     Raises:
         ValueError: steps < 1.
+        TypeError: `grid` is none.
     """
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
+    if isinstance(grid, type) or not hasattr(grid, "time"):
+        raise TypeError(
+            f"grid must be an object such as fastcm.schedules.KarrasGrid(), got {grid!r:.80}"
+        )
     k = torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu")
     times: list[float] = grid.time(k, steps, path).tolist()
     return times

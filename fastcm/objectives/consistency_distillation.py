@@ -130,8 +130,11 @@ class ConsistencyDistillation:
             ("guidance", self.guidance),
             ("guidance_interval", self.guidance_interval),
         ):
-            if isinstance(value, tuple) and not value[0] <= value[1]:
+            pair = isinstance(value, tuple) and len(value) == 2
+            if isinstance(value, tuple) and not (pair and value[0] <= value[1]):
                 raise ValueError(f"{name} must be a range (low, high), got {value}")
+            if not isinstance(value, tuple | int | float | None):
+                raise TypeError(f"{name} must be a number or a range (low, high), got {value!r}")
 
     @property
     def shares_weights(self) -> bool:
@@ -244,6 +247,8 @@ class ConsistencyDistillation:
 
 def check_skip(n: int | Curriculum, skip: int) -> None:
     """Raise ValueError unless every grid of the discretization has `skip` intervals."""
+    if not isinstance(skip, int):
+        raise TypeError(f"skip must be an int, got {skip!r}")
     fewest = n if isinstance(n, int) else n.s0 - isinstance(n, CMCurriculum)
     if not 1 <= skip <= fewest:
         raise ValueError(f"skip must be in 1..{fewest}, the intervals of {n}, got {skip}")

@@ -17,7 +17,7 @@ from fastcm.networks.conditions import Null, check_rows, each, rows_of
 from fastcm.networks.protocol import check_signature
 from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
-from fastcm.precision import Precision, check_precision
+from fastcm.precision import Precision, check_not_double, check_precision
 from fastcm.progress import Progress
 from fastcm.rng import check_key
 from fastcm.runs import checkpoint, frozen
@@ -117,6 +117,7 @@ class Sampler:
         for name, module in (("net", net), ("guide", guide)):
             if module is not None:
                 check_signature(name, module, two_times=method == "flow-map")
+                check_not_double(name, module)
         self.parameterization = as_parameterization(path)
         if method == "flow-map":
             check_velocity(self.parameterization)
@@ -169,14 +170,12 @@ class Sampler:
         Args:
             directory: written by `Trainer` or ``fastcm train``.
             ema: which average of the weights; -1 takes the raw weights.
-            net: a network of the run's architecture, if it is not one of `fastcm.networks`; with
-                its frozen parameters, if the run does not save these.
+            net: of the run's architecture, with what it leaves out, if not of `fastcm.networks`.
             device: where to sample.
             **options: steps, times, method, ... of the constructor.
 
         Raises:
-            FileNotFoundError, ValueError: no run there; no network description and no net given;
-                frozen parameters that are not those of the run.
+            FileNotFoundError, ValueError: no run there; no net where it is needed, or another's.
         """
         group = "model" if ema == -1 else f"average_{ema}"
         found, damaged = checkpoint.load_newest(

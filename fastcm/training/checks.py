@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
+from typing import SupportsIndex
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from fastcm.data.sources import IterableData
 from fastcm.losses import Learned
 from fastcm.networks.protocol import check_signature
 from fastcm.objectives.base import Objective
+from fastcm.precision import check_not_double
 
 
 def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -52,14 +55,20 @@ def check_arguments(
     """Names and classes where objects are wanted; an optimizer of other parameters."""
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
-    for name, example in (
-        ("weight", "fastcm.losses.snr"),
-        ("times", "fastcm.schedules.UniformTime()"),
-        ("metric", "fastcm.losses.PseudoHuber()"),
+    if isinstance(objective, type) or not callable(getattr(objective, "loss", None)):
+        raise TypeError(
+            f"objective must be an object such as fastcm.FlowMatching(), got {objective!r:.80}"
+        )
+    for name, needed, example in (
+        ("weight", "__call__", "a function such as fastcm.losses.snr"),
+        ("times", "__call__", "a function such as fastcm.schedules.UniformTime()"),
+        ("metric", "__call__", "a function such as fastcm.losses.PseudoHuber()"),
+        ("grid", "time", "an object such as fastcm.schedules.KarrasGrid()"),
+        ("target_average", "decay", "an object such as fastcm.EMA(0.9)"),
     ):
         value = getattr(objective, name, None)
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be a function such as {example}, got {value!r:.80}")
+        if value is not None and (isinstance(value, type) or not hasattr(value, needed)):
+            raise TypeError(f"{name} must be {example}, got {value!r:.80}")
     if not callable(lr_schedule) or hasattr(lr_schedule, "get_last_lr"):
         raise TypeError(
             "lr_schedule must be a function of the step, a factor of the learning rate, such as "
@@ -89,6 +98,14 @@ def check_arguments(
         )
 
 
+def check_steps(steps: object) -> None:
+    """How many steps are to be taken: an int >= 0."""
+    if not isinstance(steps, SupportsIndex):
+        raise TypeError(f"steps must be an int, got {steps!r:.80}")
+    if operator.index(steps) < 0:
+        raise ValueError(f"steps must be >= 0, got {steps}")
+
+
 def check_teacher(objective: Objective, net: nn.Module, device: torch.device) -> None:
     """A teacher goes where the student is; with shared parameters it would be trained along.
 
@@ -100,6 +117,7 @@ def check_teacher(objective: Objective, net: nn.Module, device: torch.device) ->
     if not isinstance(teacher, nn.Module):
         return
     check_signature("teacher", teacher)
+    check_not_double("teacher", teacher)
     teacher.to(device)
     if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
         raise ValueError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Settings:
     """The numbers of a run that never change; see `Trainer` for what they mean.
 
     Raises:
-        ValueError: one is out of range.
+        TypeError, ValueError: one is no int, or out of range.
     """
 
     batch_size: int = 256
@@ -32,7 +33,9 @@ class Settings:
             ("log_every", 1),
         ):
             value = getattr(self, name)
-            if value < least:
+            if not isinstance(value, SupportsIndex):
+                raise TypeError(f"{name} must be an int, got {value!r:.80}")
+            if operator.index(value) < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
 
     def saves_at(self, step: int) -> bool:

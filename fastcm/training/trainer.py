@@ -242,8 +242,7 @@ class Trainer:
             NonFiniteError: the gradient was not finite for 20 steps in a row. Those steps changed
                 nothing; the weights and the last checkpoint are as before.
         """
-        if steps < 0:
-            raise ValueError(f"steps must be >= 0, got {steps}")
+        checks.check_steps(steps)
         self.interrupted = None
         if steps == 0:
             return self

@@ -171,9 +171,17 @@ class Stock(Update):
 def with_target(
     averages: Sequence[Average] | None, optimizer: Optimizer, objective: Objective
 ) -> tuple[Average, ...]:
-    """The averages asked for, else the optimizer's or a default; and that of the target."""
+    """The averages asked for, else the optimizer's or a default; and that of the target.
+
+    Raises:
+        TypeError: they are none.
+    """
     if averages is None:
         averages = getattr(optimizer, "averages", ()) or (EMA(0.999, warmup=True),)
+    if not isinstance(averages, Sequence) or not all(hasattr(a, "decay") for a in averages):
+        raise TypeError(
+            f"averages must be a sequence such as (fastcm.EMA(0.999),), got {averages!r:.80}"
+        )
     target = objective.target_average
     return tuple(averages) if target is None or target in averages else (*averages, target)
 

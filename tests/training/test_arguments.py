@@ -22,10 +22,12 @@ def train(objective: Any = None, optimizer: Any = None, **options: Any) -> Train
         objective or FlowMatching(),
         optimizer,
         data=DATA,
-        batch_size=8,
-        progress=False,
-        **options,
+        **{"batch_size": 8, "progress": False, **options},
     )
+
+
+def distilled(**options: Any) -> Any:
+    return fastcm.ConsistencyDistillation(MLP((2,), width=8, depth=1), **options)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -38,6 +40,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ConsistencyTraining(discretization=0.5),
         r"discretization must be an int .* got 0\.5",
     ),
+    "grid": (lambda: train(ConsistencyTraining(grid="karras")), "grid must be an object such as"),
+    "sampler's grid": (
+        lambda: fastcm.Sampler(MLP((2,)), fastcm.Linear(), steps=1, grid="karras"),
+        r"grid must be an object .* got 'karras'",
+    ),
+    "target": (lambda: train(ConsistencyTraining(target_average=0.9)), "target_average must be"),
+    "average": (lambda: train(averages=(0.999,)), r"averages must be .* got \(0\.999,\)"),
+    "averages": (lambda: train(averages=fastcm.EMA(0.9)), "averages must be a sequence such as"),
+    "objective": (lambda: train(FlowMatching), "objective must be an object such as"),
+    "batch": (lambda: train(batch_size=8.0), r"batch_size must be an int, got 8\.0"),
+    "steps": (lambda: train().fit(2.5), r"steps must be an int, got 2\.5"),
+    "guidance": (
+        lambda: distilled(guidance="2", null_condition=0.0),
+        "guidance must be a number or a range",
+    ),
+    "skip": (lambda: distilled(skip=2.5), r"skip must be an int, got 2\.5"),
     "class": (lambda: train(None, fastcm.AdamW), "optimizer must be a torch.optim.Optimizer"),
     "rate": (lambda: train(None, 1e-3), r"optimizer must be .* got 0\.001"),
     "schedule": (lambda: train(lr_schedule=1e-3), "lr_schedule must be a function .* got float"),
@@ -49,6 +67,20 @@ def test_names_and_classes_are_refused_where_objects_are_wanted(name: str) -> No
     call, message = REFUSED[name]
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_a_range_of_guidance_is_of_two() -> None:
+    for value in ((1.0,), (3.0, 2.0), (1.0, 2.0, 3.0)):
+        with pytest.raises(ValueError, match="guidance must be a range"):
+            distilled(guidance=value, null_condition=0.0)
+
+
+def test_a_network_in_float64_is_refused_where_it_would_fail_at_its_first_layer() -> None:
+    net = MLP((2,), width=8, depth=1).double()
+    with pytest.raises(ValueError, match=r"net is in float64, .* give net.float\(\)"):
+        fastcm.Sampler(net, fastcm.Linear(), steps=1)
+    with pytest.raises(ValueError, match=r"teacher is in float64, .* give teacher.float\(\)"):
+        train(fastcm.ConsistencyDistillation(net))
 
 
 def test_a_scheduler_of_torch_is_no_schedule() -> None:
