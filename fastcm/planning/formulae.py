@@ -64,7 +64,7 @@ def around_the_networks(objective: Objective) -> Passes | None:
         return NOISING.plus(LOSS)
     if isinstance(objective, ConsistencyTraining | EasyConsistency | Stepwise):
         return NOISING_PAIR.plus(LOSS_OF_PAIR)
-    if isinstance(objective, ConsistencyDistillation):
+    if isinstance(objective, ConsistencyDistillation) and not objective.guidance_rescale:
         heun, guided = objective.solver == "heun", objective.guidance is not None
         steps = HEUN if heun else EULER
         if guided:

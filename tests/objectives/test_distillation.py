@@ -181,6 +181,41 @@ def test_outside_the_interval_the_weight_is_one(solver: Any) -> None:
     torch.testing.assert_close(both, guided.where(inside, plain), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("guidance", [4.0, (2.0, 6.0)])
+def test_rescaled_guidance_is_that_of_diffusers(solver: Any, guidance: Any) -> None:
+    """As its pipelines' rescale_noise_cfg, one teacher that has it within against another."""
+    share, cond = 0.7, torch.rand(50)
+    batch = Batch(torch.randn(50, 3, 4, 4), NoiseKey(1), cond)
+
+    def velocity(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return cond.reshape(-1, 1, 1, 1) * (1 + x) + x.square()
+
+    def rescaled(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        c, w = cond[:, 0], cond[:, 1].reshape(-1, 1, 1, 1)
+        text, free = velocity(x, t, c), velocity(x, t, torch.full_like(c, -1.0))
+        guided = free + w * (text - free)
+        deviations = [f.std(dim=[1, 2, 3], keepdim=True) for f in (text, guided)]
+        return share * guided * (deviations[0] / deviations[1]) + (1 - share) * guided
+
+    targets = []
+    for options in (
+        {"null_condition": -1.0, "guidance_rescale": share},
+        {"embedded_guidance": True},
+        {"null_condition": -1.0},
+    ):
+        seen: list[Tensor] = []
+        objective = ConsistencyDistillation(
+            Net(rescaled if "embedded_guidance" in options else velocity),
+            guidance=guidance, solver=solver, metric=spy(seen), **options,
+        )  # fmt: skip
+        zero = Net(lambda x, t, cond: torch.zeros_like(x))
+        objective.loss(zero, batch, zero)
+        targets.append(seen[0])
+    torch.testing.assert_close(targets[0], targets[1], rtol=1e-4, atol=1e-4)
+    assert (targets[0] - targets[2]).abs().max() > 0.01
+
+
 def test_a_drawn_weight_reaches_the_student_but_for_the_interval() -> None:
     objective = ConsistencyDistillation(
         Net(lambda x, t, cond: cond[:, None].expand_as(x)),
@@ -220,6 +255,15 @@ def test_a_teacher_that_embeds_the_weight_is_told_it_and_asked_once(guidance: An
     [
         ({"embedded_guidance": True}, "embedded_guidance needs guidance"),
         ({"guidance_interval": (0.1, 0.2)}, "guidance_interval needs guidance"),
+        ({"guidance_rescale": 0.7}, "guidance_rescale needs guidance"),
+        (
+            {"guidance": 2.0, "null_condition": 0, "guidance_rescale": 1.5},
+            r"guidance_rescale must be in \[0, 1\], got 1\.5",
+        ),
+        (
+            {"guidance": 2.0, "embedded_guidance": True, "guidance_rescale": 0.7},
+            "guidance_rescale needs the conditional output",
+        ),
         ({"guidance": 2.0, "embedded_guidance": True, "null_condition": 0}, "leave one out"),
         ({"guidance": 2.0}, "guidance needs null_condition"),
         (

@@ -73,6 +73,7 @@ FIELDS: list[tuple[Any, dict[str, Any]]] = [
             "solver": "heun",
             "skip": 3,
             "guidance_interval": (0.3, 0.6),
+            "guidance_rescale": 0.7,
         },
     ),
     (
