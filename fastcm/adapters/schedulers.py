@@ -36,6 +36,7 @@ DDPMS = (
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", *EITHER,
 )  # fmt: skip
 CONSISTENCY = "CMStochasticIterativeScheduler"
+EDMS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 
 
 def parameterization_of(config: Config, prediction: Prediction | None = None) -> Parameterization:
@@ -53,6 +54,15 @@ def parameterization_of(config: Config, prediction: Prediction | None = None) ->
     if name == CONSISTENCY:
         low, high, data = _read(config, "sigma_min", "sigma_max", "sigma_data")
         return _agreed(Parameterization(VarianceExploding(low, high, data), "cm"), prediction)
+    if name in EDMS:
+        low, high, data, found = _read(
+            config, "sigma_min", "sigma_max", "sigma_data", "prediction_type"
+        )
+        if found != "epsilon":  # its F is that of "edm", negative
+            raise _other_path("prediction_type", found)
+        return _agreed(
+            Parameterization(VarianceExploding(low, high, data, 0.25), "edm"), prediction
+        )
     if is_flow(config):
         if config.get("invert_sigmas"):
             raise _other_path("invert_sigmas", True)
@@ -64,7 +74,7 @@ def parameterization_of(config: Config, prediction: Prediction | None = None) ->
     if name not in DDPMS:
         raise ValueError(
             f"scheduler {name!r} is not known here, known are "
-            f"{sorted({*FLOWS, *DDPMS, CONSISTENCY})}: give parameterization="
+            f"{sorted({*FLOWS, *DDPMS, *EDMS, CONSISTENCY})}: give parameterization="
         )
     found = config.get("prediction_type")
     if found is None and prediction is None:

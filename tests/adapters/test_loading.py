@@ -27,6 +27,32 @@ def test_a_consistency_model_is_read_too():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_the_preconditioning_of_edm_is_read(name: str):
+    """Which a scheduler applies to what the model returns."""
+    scheduler = getattr(diffusers, name)(sigma_min=0.01, sigma_max=30.0, sigma_data=0.6)
+    loaded = load(unet(3), scheduler=scheduler)
+    p = loaded.parameterization
+    path = fastcm.VarianceExploding(0.01, 30.0, 0.6, c_noise_scale=0.25)
+    assert p == fastcm.Parameterization(path, "edm")
+    scheduler.set_timesteps(5)
+    sigma = scheduler.sigmas[:5].double()
+    x = sigma.reshape(-1, 1, 1, 1).float() * torch.randn(5, 3, 8, 8)
+    told = p.c_noise(sigma)
+    torch.testing.assert_close(told, scheduler.timesteps)
+    F = loaded.network(x / (sigma**2 + 0.36).sqrt().reshape(-1, 1, 1, 1).float(), told)
+    for i, t in enumerate(scheduler.timesteps):
+        inputs = scheduler.precondition_inputs(x[i : i + 1], sigma[i].float())
+        output = loaded.network.model(inputs, t, return_dict=False)[0]
+        want = scheduler.precondition_outputs(x[i : i + 1], output, sigma[i].float())
+        a, b, _, _ = (c[i].float() for c in p.coefficients(sigma))
+        torch.testing.assert_close(a * x[i] + b * F[i], want[0], rtol=1e-3, atol=1e-4)
+    v = getattr(diffusers, name)(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction', a schedule that no"):
+        load(unet(3), scheduler=v)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["pixart", "dit"])
 def test_checkpoints_of_the_older_class_are_those_of_its_heirs(name: str, tmp_path: Path):
     """Transformer2DModel, as the released PixArt-alpha and DiT are saved."""
