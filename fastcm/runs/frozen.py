@@ -49,16 +49,14 @@ def _recorded(config: object) -> object:
 def check_resumes(run: Path, theirs: object, ours: Mapping[str, Any]) -> None:
     """Raise ValueError if two configurations of a training leave out different things."""
     old, new = _recorded(theirs), ours["frozen"]
-    if old == new:
-        return
-    if old is None:
+    if old is None and new is not None:
         raise ValueError(f"{run} holds its frozen parameters: resume it with save_frozen=True")
-    if new is None:
+    if new is None and old is not None:
         raise ValueError(
             f"{run} leaves out its frozen parameters: resume it with save_frozen=False, and a "
             "network that has the same ones frozen"
         )
-    raise ValueError(_of_another_base(run))
+    _check_base(run, old, new)
 
 
 def check_whole(found: Checkpoint) -> None:
@@ -86,8 +84,8 @@ def fill(net: nn.Module, found: Checkpoint, group: str) -> None:
     if fingerprint is not None:
         rest = {name: live.pop(name) for name in live.keys() - weights.keys()}
     check_tensors(found.path.name, weights, live)
-    if fingerprint is not None and _fingerprint(rest) != fingerprint:
-        raise ValueError(_of_another_base(_run(found)))
+    if fingerprint is not None:
+        _check_base(_run(found), fingerprint, _fingerprint(rest))
     load_weights(net, weights)
 
 
@@ -95,8 +93,9 @@ def _run(found: Checkpoint) -> Path:
     return found.path.parent.parent
 
 
-def _of_another_base(run: Path) -> str:
-    return (
-        f"the frozen parameters are not those of {run}, which leaves them out of its checkpoints: "
-        "give a network with the weights that the run began with"
-    )
+def _check_base(run: Path, wanted: object, found: object) -> None:
+    if wanted != found:
+        raise ValueError(
+            f"the frozen parameters are not those of {run}, which leaves them out of its "
+            "checkpoints: give a network with the weights that the run began with"
+        )
