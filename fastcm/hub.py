@@ -60,7 +60,7 @@ def save_pretrained(
             ODE 50.
         method: of the sampler; default what suits the objective.
         net: of a run that leaves out its frozen parameters: a network that has them, which takes
-            the others from the run.
+            the others from the run. The folder is then read with a `net`, too.
 
     Returns:
         The folder. Of networks that describe themselves the card shows samples, if images.
@@ -98,6 +98,7 @@ def save_pretrained(
     else:
         frozen.fill(net, found, group)
         weights = checkpoint.weights_of(net)
+        config["network"] = None  # it may have layers that its description does not know
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / WEIGHTS, weights)
     replace_file(out / CONFIG, json.dumps(config, indent=1).encode())
