@@ -39,7 +39,7 @@ class Part:
 PARTS = {
     "ops": Part("test_ops.py", "cifar and fp32"),
     "optim": Part("test_optim.py", "10 or drift"),
-    "step": Part("test_step.py", "MLP and fp32"),
+    "step": Part("test_step.py", "MLP-CT-256-fp32 or MLP-MeanFlow"),
     "sampling": Part("test_sampling.py", "MLP and not 512"),
     "jvp": Part("test_jvp.py", "MLP and not instant"),
     "attention": Part("test_attention.py"),
