@@ -192,6 +192,10 @@ def test_without_a_part_it_is_a_quick_look_at_all_of_them(
     assert "ops 1.5 min; optim unmeasured; step unmeasured" in said
 
     calls.clear()
+    monkeypatch.setattr(program, "QUICK_SECONDS", 0)
+    assert program.main([]) == 0 and not calls
+    assert "plan: no time left" in capsys.readouterr().out
+
     assert program.main(["ops"]) == 0
     assert "QUICK" not in calls[0][1] and "PART_SECONDS" not in calls[0][1]
 
