@@ -75,8 +75,11 @@ def test_a_training_that_is_watched_takes_the_same_steps_and_its_parts_add_up(
     assert found is not None and found.steps == 3
     assert 3 * found.total >= 1e3 * (before.at[8] - after.at[5])
     compiled = bool(options.get("compile"))
-    expected = {"data", "network, forward", "network, backward", "noising", "norm to clip", "host"}
-    assert found.ms.keys() >= expected and all(ms > 0 for ms in found.ms.values())
+    expected = {"data", "network, forward", "network, backward", "norm to clip", "host"}
+    # torch 2.11 records nothing inside of compiled code
+    assert found.ms.keys() >= expected | ({"noising"} if not compiled else set()) and all(
+        ms > 0 for ms in found.ms.values()
+    )
     assert ("around them" in found.ms) is not compiled and bool(found.notes) is compiled
     assert "other" not in found.ms
 
