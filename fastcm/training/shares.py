@@ -38,7 +38,7 @@ _MARKS = {
     **dict.fromkeys(("boundary", "scale", "euler_step", "consistency_loss"), MAPS),
 }
 """The part of each range that `fastcm.tracing.part` names."""
-_KERNELS = {
+KERNELS = {
     **dict.fromkeys(("noising_kernel", "uniform_kernel"), NOISING),
     **dict.fromkeys(("boundary_kernel", "scale_kernel", "euler_kernel"), MAPS),
     **dict.fromkeys(("loss_kernel", "loss_partial_kernel", "loss_finish_kernel"), MAPS),
@@ -178,7 +178,7 @@ def _add_device(
             i = -1 if launch is None else bisect_right(starts, launch["ts"]) - 1
             inside = i >= 0 and launch is not None and launch["ts"] < segments[i][1]
             mark = segments[i][2] if inside else STEP
-            part = OTHER if mark == STEP else _KERNELS.get(name, _MARKS.get(mark, OTHER))
+            part = OTHER if mark == STEP else KERNELS.get(name, _MARKS.get(mark, OTHER))
         start = max(kernel["ts"], at)  # what runs beside another counts once
         stop = min(kernel["ts"] + kernel["dur"], end)
         if stop > start:
@@ -208,7 +208,7 @@ class _Order:
         if replay != self._replay:
             self._replay, self._others = replay, OTHER
             self.graphs += 1
-        ours = _KERNELS.get(name)
+        ours = KERNELS.get(name)
         if ours is None:
             return self._others
         if ours == NOISING and name == "noising_kernel":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from fastcm import ConsistencyDistillation, ConsistencyTraining, MeanFlow, Train
 from fastcm.networks import MLP
 from fastcm.tracing import part
 from fastcm.training import Profiler, shares
+from fastcm.training.shares import KERNELS
 
 DATA = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
@@ -229,3 +231,13 @@ def test_a_graph_without_our_loss_is_not_told_apart_further_than_it_can_be() -> 
     assert {n: round(1e3 * ms) for n, ms in found.ms.items()} == {
         **{"Adam and averages": 10, "other": 20, "host": 20}
     }
+
+
+def test_every_kernel_of_a_step_has_its_part() -> None:
+    found = {
+        name
+        for file in (Path(fastcm.__file__).parent / "kernels").glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), flags=re.M)
+    }
+    of_a_network, of_a_sampler = "attention_jvp_kernel", "sampler_update_kernel"
+    assert found - {of_a_network, of_a_sampler} == KERNELS.keys()
