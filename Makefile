@@ -40,8 +40,9 @@ gpu-ops gpu-optim gpu-step gpu-sampling gpu-jvp gpu-attention: gpu-%:
 gpu-missing:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.missing
 
-# Of this machine: `make bench PARTS="ops step" QUICK=1` takes a look, of which nothing is kept.
-bench: .venv/test
+# Of this machine: a quick look at all within ten minutes, installation included, of which nothing
+# is kept. In full, into benchmarks/results: `make bench PARTS=all`, or PARTS="ops step".
+bench: .venv/bench
 	PYTHONPATH=. $(BIN)/python -m benchmarks $(PARTS) $(if $(QUICK),--quick)
 
 # Every method on digits, three seeds: about 15 minutes.
@@ -63,6 +64,10 @@ lint: .venv/test
 
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/bench: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e '.[bench]'
 	touch $@
 
 .venv/docs: .venv/bin/python pyproject.toml constraints.txt

@@ -1,18 +1,20 @@
 """The benchmarks by name.
 
 python -m benchmarks [PART ...] [--quick] [--out DIR]
-    PART: ops, optim, step, sampling, jvp, attention, parallel, data, plan, lora, or all
+    PART: ops, optim, step, sampling, jvp, attention, parallel, data, plan, lora, or all; without
+    one, a quick look at all of them within some minutes
 python -m benchmarks compare BEFORE.json AFTER.json
 python -m benchmarks report [--check]
 
 Each part is checked against float64 before any clock starts. Results go to --out, else to
-benchmarks/results; those of --quick, a few rounds of a few rows, nowhere unless --out is given.
+benchmarks/results; those of a quick look, few rounds of few rows, nowhere unless --out is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -39,15 +41,17 @@ class Part:
 PARTS = {
     "ops": Part("test_ops.py", "cifar and fp32"),
     "optim": Part("test_optim.py", "10 or drift"),
-    "step": Part("test_step.py", "MLP and fp32"),
+    "step": Part("test_step.py", "MLP-CT-256-fp32 or MLP-MeanFlow"),
     "sampling": Part("test_sampling.py", "MLP and not 512"),
-    "jvp": Part("test_jvp.py", "MLP and not instant"),
+    "jvp": Part("test_jvp.py", "MLP-MeanFlow-fp32"),
     "attention": Part("test_attention.py"),
     "parallel": Part("test_parallel.py", "MLP and not scaling"),
     "data": Part("test_data.py"),
-    "plan": Part("test_plan.py", "MLP"),
+    "plan": Part("test_plan.py", "MLP and not 1024"),
     "lora": Part("test_lora.py", "256x4"),
 }
+QUICK_SECONDS = 300
+"""Of a quick look: each part has its share of what is left, and begins no row after that."""
 NEEDED = {"pytest": "pytest"}
 
 
@@ -56,6 +60,15 @@ def missing() -> list[str]:
     return [
         package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None
     ]
+
+
+def cost(name: str) -> str:
+    """What a part took in full, as benchmarks/results has it."""
+    path = report.RESULTS / f"{name}_cpu.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    if not rows or any("seconds" not in row for row in rows):
+        return f"{name} unmeasured"
+    return f"{name} {sum(row['seconds'] for row in rows) / 60:.1f} min"
 
 
 def command(name: str, *, quick: bool) -> list[str]:
@@ -72,8 +85,15 @@ def measure(names: Sequence[str], *, quick: bool, out: Path | None) -> int:
         if quick:
             environment["QUICK"] = "1"
         failed = []
-        for name in names:
+        begin = time.monotonic()
+        for i, name in enumerate(names):
             start = time.monotonic()
+            if quick:
+                share = (QUICK_SECONDS - (start - begin)) / (len(names) - i)
+                if share <= 0:
+                    print(f"{name}: no time left, take it by its name")
+                    continue
+                environment = {**environment, "PART_SECONDS": f"{share:.0f}"}
             done = subprocess.run(command(name, quick=quick), cwd=ROOT, env=environment)
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
             if done.returncode:
@@ -82,6 +102,7 @@ def measure(names: Sequence[str], *, quick: bool, out: Path | None) -> int:
         print(f"failed: {', '.join(failed)}")
     elif quick and out is None:
         print("A quick look, of which nothing is kept: --out DIR keeps it.")
+        print(f"In full, all or some by name: {'; '.join(map(cost, names))}.")
     else:
         print(f"Results are in {folder}")
     return 1 if failed else 0
@@ -99,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", help="of the above; all if absent")
+    parser.add_argument("parts", nargs="*", help="of the above; a quick look at all if absent")
     parser.add_argument("--quick", action="store_true", help="few rounds of few rows")
     parser.add_argument("--out", type=Path, help="folder of the JSON")
     options = parser.parse_args(given)
@@ -110,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing():
         parser.error(f"the benchmarks need {', '.join(missing())}: pip install '.[bench]'")
     names = list(PARTS) if "all" in names else list(dict.fromkeys(names))
-    return measure(names, quick=options.quick, out=options.out)
+    return measure(names, quick=options.quick or not options.parts, out=options.out)
 
 
 if __name__ == "__main__":

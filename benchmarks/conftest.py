@@ -1,13 +1,14 @@
 """A report for each benchmark file: rows are written as they are measured, and need not be twice.
 
-With RESUME=1 rows of this commit that a report holds already are skipped, and after PART_SECONDS
-(450) no further row is begun: run the same again for those that are missing. ``python -m
-benchmarks.missing`` says which these are.
+With RESUME=1 rows of this commit that a report holds already are skipped. After PART_SECONDS, then
+450 if not given, no further row is begun: run the same again for those that are missing. ``python
+-m benchmarks.missing`` says which these are.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -33,11 +34,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if os.environ.get("RESUME") != "1" or "report" not in getattr(item, "fixturenames", ()):
+    if "report" not in getattr(item, "fixturenames", ()):
         return
-    if item.name in _report_of(item).done:
+    resume = os.environ.get("RESUME") == "1"
+    if resume and item.name in _report_of(item).done:
         pytest.skip("measured before")
-    if time.monotonic() - _START > float(os.environ.get("PART_SECONDS", 450)):
+    limit = os.environ.get("PART_SECONDS") or (450 if resume else math.inf)
+    if time.monotonic() - _START > float(limit):
         pytest.skip("out of time: run again")
 
 
@@ -45,7 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def report(request: pytest.FixtureRequest) -> Iterator[Report]:
     """The report of the file, whose next rows are those of this test."""
     made = _report_of(request.node)
-    made.current = request.node.name
+    made.begin(request.node.name)
     yield made
 
 

@@ -82,13 +82,12 @@ class Report:
 
     Attributes:
         expected: names of the tests that measure.
-        current: the test whose rows come next.
     """
 
     def __init__(self, name: str, *, resume: bool = False) -> None:
         self.name, self.rows = name, []  # type: tuple[str, list[dict[str, Any]]]
         self.expected: list[str] = []
-        self.current = ""
+        self._current, self._began = "", time.monotonic()
         self._machine, self._before = machine(), nvml.snapshot()
         device = "gpu" if torch.cuda.is_available() else "cpu"
         self.path = folder() / f"{name}_{device}.json"
@@ -102,9 +101,14 @@ class Report:
         """The tests whose rows are there."""
         return {row["id"] for row in self.rows}
 
+    def begin(self, test: str) -> None:
+        """The rows of this test come next."""
+        self._current, self._began = test, time.monotonic()
+
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, and write all."""
-        self.rows.append({"id": self.current, **row})
+        """Keep a row, with the seconds that its test took until now, and write all."""
+        seconds = round(time.monotonic() - self._began, 1)
+        self.rows.append({"id": self._current, "seconds": seconds, **row})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         body = {
             "machine": self._machine,

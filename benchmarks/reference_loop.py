@@ -1,9 +1,8 @@
-"""Consistency training and distillation as a plain PyTorch loop: the baseline of a step.
+"""Training as a plain PyTorch loop: the baseline of a step.
 
-What a good engineer writes without this package, from the papers: rectified-flow path
-x_t = (1 - t) x0 + t z, a network that predicts the velocity, pseudo-Huber loss weighted by
-1 / (t - s), torch's AdamW, clipping, and two averages of the weights: one to sample from, one as
-target. Song et al. 2023, algorithms 2 and 3; Song & Dhariwal 2023 for loss and weight.
+What a good engineer writes without this package, from the papers: a loss of
+`benchmarks.reference_methods`, torch's AdamW, clipping, and averages of the weights: one to sample
+from, and one as target where the method has that.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Given = tuple[Tensor, Tensor, Tensor]
-"""Data ``[B, ...]``, grid indices k in 1..n int64 ``[B]``, noise like the data."""
+from benchmarks.reference_methods import Method, Networks
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Data ``[B, ...]``, noise like it, and times t and s ``[B]``."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Loop:
         net: ``net(x, t) -> F``.
         data: ``[N, ...]``, uint8 for x / 127.5 - 1, or float.
         batch_size: rows a step, at most N.
+        method: its loss.
         variant: see there.
         teacher: distil this frozen network; None trains on the data alone.
         bf16: run the networks under autocast.
         given: data, times and noise of the first steps; later ones are drawn.
-        intervals: n of the time grid k / n.
         micro_batch: rows of one backward pass, where a whole batch does not fit.
         on_step: called after each step.
     """
@@ -59,27 +60,23 @@ class Loop:
         net: nn.Module,
         data: Tensor,
         batch_size: int,
+        method: Method,
         variant: Variant = Variant(),
         *,
         teacher: nn.Module | None = None,
         bf16: bool = False,
         given: Iterable[Given] = (),
-        intervals: int = 40,
         lr: float = 1e-3,
         max_grad_norm: float = 1.0,
         micro_batch: int | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
         self.net, self.data, self.batch_size = net.train(), data, batch_size
-        self.variant, self.teacher, self.bf16 = variant, teacher, bf16
-        self.intervals, self.max_grad_norm, self.micro_batch = intervals, max_grad_norm, micro_batch
-        self.on_step = on_step
-        self.target = copy.deepcopy(net).requires_grad_(False).eval()
-        self.average = copy.deepcopy(self.target)
+        self.method, self.variant, self.teacher, self.bf16 = method, variant, teacher, bf16
+        self.max_grad_norm, self.micro_batch, self.on_step = max_grad_norm, micro_batch, on_step
+        self.average = copy.deepcopy(net).requires_grad_(False).eval()
+        self.target = None if method.target_decay is None else copy.deepcopy(self.average)
         self.parameters: list[Tensor] = list(net.parameters())
-        self.averages: list[list[Tensor]] = [
-            list(each.parameters()) for each in (self.average, self.target)
-        ]
         self.device, self.dtype = self.parameters[0].device, self.parameters[0].dtype
         which: dict[str, Any] = {variant.optimizer: True}
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, **which)
@@ -102,14 +99,14 @@ class Loop:
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One step: loss and the norm of its gradient, on the device."""
-        x0, k, z = self._given.popleft() if self._given else self._draw()
+        given = self._given.popleft() if self._given else self._draw()
         self.optimizer.zero_grad(set_to_none=True)
         if self.micro_batch is None:
-            loss = self._loss(x0, k, z)
+            loss = self._loss(*given)
             loss.backward()
         else:
             loss = torch.zeros((), dtype=self.dtype, device=self.device)
-            for piece in zip(*(each.split(self.micro_batch) for each in (x0, k, z))):
+            for piece in zip(*(each.split(self.micro_batch) for each in given)):
                 part = self._loss(*piece)
                 part.backward()
                 loss += part.detach()
@@ -119,29 +116,23 @@ class Loop:
         self.steps += 1
         return loss.detach(), norm
 
-    def loss(self, x0: Tensor, k: Tensor, z: Tensor) -> Tensor:
+    def loss(self, x0: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The loss of some rows, divided by those of the whole batch."""
         x0 = x0.to(self.dtype) / 127.5 - 1 if x0.dtype == torch.uint8 else x0.to(self.dtype)
-        z = z.to(self.dtype)
-        t, s = k.to(self.dtype) / self.intervals, (k - 1).to(self.dtype) / self.intervals
-        t_, s_ = (time.view(-1, *[1] * (x0.dim() - 1)) for time in (t, s))
-        x_t = (1 - t_) * x0 + t_ * z
-        with torch.no_grad():
-            if self.teacher is None:
-                x_s = (1 - s_) * x0 + s_ * z
-            else:
-                x_s = x_t - (t_ - s_) * self._call(self.teacher, x_t, t)
-            target = x_s - s_ * self._call(self.target, x_s, s)
-        denoised = x_t - t_ * self._call(self.net, x_t, t)
-        c = 0.00054 * math.sqrt(x0[0].numel())
-        squared = (denoised - target).square().flatten(1).sum(1)
-        losses = ((squared + c * c).sqrt() - c) / (t - s)
-        return losses.sum() / self.batch_size
+        z, t, s = (each.to(self.dtype) for each in (z, t, s))
+        nets = Networks(*(self._cast(each) for each in (self.net, self.target, self.teacher)))
+        return self.method.losses(nets, x0, z, t, s).sum() / self.batch_size
 
-    def _call(self, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            out: Tensor = net(x, t)
-        return out.to(self.dtype)
+    def _cast(self, net: nn.Module | None) -> Any:
+        """The network in the precision of the loop."""
+
+        def call(x: Tensor, t: Tensor, **times: Tensor) -> Tensor:
+            assert net is not None
+            with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+                out: Tensor = net(x, t, **times)
+            return out.to(self.dtype)
+
+        return None if net is None else call
 
     def _draw(self) -> Given:
         if self._position + self.batch_size > len(self._order):
@@ -150,13 +141,16 @@ class Loop:
         rows = self._order[self._position : self._position + self.batch_size]
         self._position += self.batch_size
         x0 = self.data[rows]
-        k = torch.randint(1, self.intervals + 1, (self.batch_size,), device=self.device)
-        return x0, k, torch.randn(x0.shape, device=self.device)
+        t, s = self.method.times(self.batch_size, self.device)
+        return x0, torch.randn(x0.shape, device=self.device), t, s
 
     @torch.no_grad()
     def _update_averages(self) -> None:
         warm = min(0.999, (1 + self.steps) / (10 + self.steps))
-        for average, decay in zip(self.averages, (warm, 0.9)):
+        for network, decay in ((self.average, warm), (self.target, self.method.target_decay)):
+            if network is None or decay is None:
+                continue
+            average: list[Tensor] = list(network.parameters())
             if self.variant.foreach_ema:
                 torch._foreach_lerp_(average, self.parameters, 1 - decay)
             else:

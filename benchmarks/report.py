@@ -69,7 +69,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "docs/plots/sampling.svg": ("sampling_cpu", plots.sampling_plot),
     "docs/plots/quality.svg": ("quality_cpu", plots.quality_plot),
 }
-ABSENT = "Not measured yet."
+ABSENT = "Unmeasured: no result of this is there."
 
 
 def result(name: str) -> dict[str, Any] | None:

@@ -74,12 +74,18 @@ def optim_table(report: dict[str, Any], *, short: bool = False) -> str:
     return markdown(columns, rows, note)
 
 
+def _mark(row: dict[str, Any]) -> str:
+    """Of a row whose plain loop torch did not compile."""
+    failed = any(isinstance(ms, str) for ms in row["candidates_ms"]["best"].values())
+    return "\\*" if failed else ""
+
+
 def step_table(report: dict[str, Any], *, short: bool = False) -> str:
     """Ratios of the training step's benchmark; in short, of one method."""
     rows = [
         f"{row['network']} | {row['parameters'] / 1e6:.1f} M | {row['method']} | {row['batch']} "
         f"| {row['precision']} | {row['ms']['fastcm']:.0f} ms | {row['eager/fastcm']:.2f} "
-        f"| {row['best/fastcm']:.2f} | {row['eager/fastcm eager']:.2f}"
+        f"| {row['best/fastcm']:.2f}{_mark(row)} | {row['eager/fastcm eager']:.2f}"
         for row in report["rows"]
         if not short or row["method"] == "CD"
     ]
@@ -87,6 +93,8 @@ def step_table(report: dict[str, Any], *, short: bool = False) -> str:
         f"A step of training on {machine_of(report)}. Eager: a plain PyTorch loop. Best of torch: "
         "the faster of that loop compiled and not, with fused AdamW and foreach averages."
     )
+    if any(map(_mark, report["rows"])):
+        note += " \\* It could not be compiled."
     columns = (
         "network | parameters | method | batch | precision | fastcm | eager / fastcm "
         "| best of torch / fastcm | eager / fastcm eager"

@@ -10,7 +10,6 @@ starts. Rows go to results/jvp_{cpu,gpu}.json as they come.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastcm
 from benchmarks.harness import Report, interleaved, ratios
-from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, Subject
+from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, Subject, forget_failure
 from fastcm import ContinuousConsistency, FlowMatching, MeanFlow, losses
 from fastcm.networks import MLP, DiT, UNet
 from fastcm.objectives import Batch, continuous_consistency, mean_flow
@@ -139,17 +138,6 @@ def column(name: str, network: str, method: str, precision: str, compile: bool) 
         log=lambda line: None,
     )
     return Column(name, trainer)
-
-
-def forget_failure() -> None:
-    """Collect what a compilation that failed left behind, and keep torch's state as it is.
-
-    torch.func.jvp leaves a guard (torch 2.13) that puts back the state of its time whenever it is
-    collected, and no derivative works any more.
-    """
-    state = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(*state):
-        gc.collect()
 
 
 def faster(

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from pages import ROOT
 
 import benchmarks.__main__ as program
-from benchmarks import compare, harness, machine, plots, report
+from benchmarks import compare, conftest, harness, machine, missing, plots, report
 
 ROW = {"id": "test_op[a]", "ms": {"fastcm": 1.0}, "eager/fastcm": 2.0, "fastcm/bare": 1.1}
 BEFORE: dict[str, Any] = {
@@ -163,6 +164,101 @@ def test_sources_that_differ_from_the_commit_are_recorded(tmp_path: Path) -> Non
 def test_every_part_is_a_file_of_which_a_quick_look_takes_some_rows() -> None:
     files = {path.name for path in (ROOT / "benchmarks").glob("test_*.py")}
     assert {part.file for part in program.PARTS.values()} == files
+
+
+def test_without_a_part_it_is_a_quick_look_at_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And each has its share of the time that is left; what it would be in full is said."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append((command, env))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(program.subprocess, "run", run)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "ops_cpu.json").write_text('{"rows": [{"seconds": 60}, {"seconds": 30}]}')
+    (tmp_path / "step_cpu.json").write_text('{"rows": [{"seconds": 60}, {}]}')
+    assert program.main([]) == 0
+    assert [command[5] for command, _ in calls] == [
+        f"benchmarks/{part.file}" for part in program.PARTS.values()
+    ]
+    shares = [float(env["PART_SECONDS"]) for _, env in calls]
+    assert shares[0] == pytest.approx(program.QUICK_SECONDS / len(calls), abs=1)
+    assert shares[-1] == pytest.approx(program.QUICK_SECONDS, abs=1)  # what the others left
+    assert all(env["QUICK"] == "1" for _, env in calls)
+    said = capsys.readouterr().out
+    assert "ops 1.5 min; optim unmeasured; step unmeasured" in said
+
+    calls.clear()
+    monkeypatch.setattr(program, "QUICK_SECONDS", 0)
+    assert program.main([]) == 0 and not calls
+    assert "plan: no time left" in capsys.readouterr().out
+
+    assert program.main(["ops"]) == 0
+    assert "QUICK" not in calls[0][1] and "PART_SECONDS" not in calls[0][1]
+
+
+def test_rows_are_resumed_by_the_commit_and_none_begins_after_the_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(conftest, "_REPORTS", {})
+    first, second = (
+        SimpleNamespace(name=f"test_op[{x}]", path=Path("test_ops.py"), fixturenames=["report"])
+        for x in "ab"
+    )
+    conftest.pytest_collection_finish(SimpleNamespace(items=[first, second]))  # type: ignore[arg-type]
+    made = conftest._report_of(first)  # type: ignore[arg-type]
+    made.begin(first.name)
+    made.add({"case": "a"})
+    (row,) = json.loads((tmp_path / "ops_cpu.json").read_text())["rows"]
+    assert row["id"] == "test_op[a]" and row["seconds"] >= 0
+
+    def setup(item: Any, **environment: str) -> str:
+        monkeypatch.setattr(conftest, "_REPORTS", {})
+        for name in ("RESUME", "PART_SECONDS"):
+            monkeypatch.setenv(name, environment.get(name, ""))
+        try:
+            conftest.pytest_runtest_setup(item)
+        except pytest.skip.Exception as reason:
+            return str(reason)
+        return "runs"
+
+    assert setup(first) == setup(second, RESUME="1") == "runs"
+    assert setup(first, RESUME="1") == "measured before"
+    assert setup(second, RESUME="1", PART_SECONDS="0") == "out of time: run again"
+    assert setup(second, PART_SECONDS="0") == "out of time: run again"
+    monkeypatch.setattr(harness, "machine", lambda: {"commit": "another"})
+    assert setup(first, RESUME="1") == "runs"
+
+    monkeypatch.setattr(missing, "PARTS", ("ops", "jvp"))
+    (tmp_path / "ops_cpu.json").rename(tmp_path / "ops_gpu.json")
+    with pytest.raises(SystemExit) as stop:
+        missing.main()
+    said = capsys.readouterr().out
+    assert stop.value.code == 1 and "gpu-ops: 1 rows\n  missing test_op[b]" in said
+    assert "gpu-jvp: nothing yet" in said
+
+
+def test_a_gpu_s_parts_all_run_though_each_fails(tmp_path: Path) -> None:
+    """`make gpu`, every line of it, with an interpreter that only notes what it was to run."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$RESUME $PYTHONPATH $*" >> {log}\nexit 3\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "gpu", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0  # something is missing
+    *runs, last = log.read_text().splitlines()
+    assert last.split() == [".", "-m", "benchmarks.missing"]
+    assert runs[0] == "1 . -m pytest -m gpu tests"
+    files = [f"1 . -m pytest -s benchmarks/test_{name}.py" for name in missing.PARTS]
+    assert sorted(runs[1:]) == sorted(files)
+    assert {f"test_{name}.py" for name in missing.PARTS} <= {
+        part.file for part in program.PARTS.values()
+    }
 
 
 def test_a_quick_look_at_a_part_measures_and_keeps_nothing(tmp_path: Path) -> None:

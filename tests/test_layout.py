@@ -16,7 +16,7 @@ import fastcm
 ROOT = Path(__file__).resolve().parent.parent
 
 ORDER = (
-    ("kernels",),
+    ("kernels", "tracing"),
     ("rng", "paths", "parameterization", "schedules", "losses", "ema"),
     ("ops",),
     ("jvp", "networks"),

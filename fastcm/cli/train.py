@@ -21,10 +21,11 @@ from fastcm.runs.files import replace_file
 from fastcm.sampling import Sampler, append_weight
 from fastcm.training import Trainer
 from fastcm.training.parallel import Processes, joined, launched, local_device
+from fastcm.training.profiler import Profiler
 from fastcm.training.trainer import Callback
 
 console = Console()
-_OF_ONE_START = ("out", "config", "resume", "parallel")
+_OF_ONE_START = ("out", "config", "resume", "parallel", "profile")
 """Options that say nothing about what a run is."""
 
 
@@ -139,6 +140,10 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="write the metrics for TensorBoard, too")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="trace some steps: a table and OUT/profile/trace.json"),
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -166,13 +171,17 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         recipe = Recipe(**{**options, "ema": tuple(given["ema"])})
         settings = dataclasses.asdict(recipe)
         # a network that all hold together, all draw from
+        profiler = Profiler(out / "profile") if given["profile"] else None
+        _check_profile(profiler, recipe.steps)
         every = given["sample_every"] if processes.first or given["parallel"] == "fsdp" else 0
+        callbacks: list[Callback] = [sample_pictures(out, every)] if every else []
+        callbacks += [profiler] if profiler else []
         saved = ("save_every", "keep", "keep_every", "tensorboard", "log_every")
         passed = (*saved, "parallel", "checkpoint", "accumulate")
         trainer = recipe.trainer(
             out,
             device=given["device"] or local_device(),
-            callbacks=[sample_pictures(out, every)] if every else [],
+            callbacks=callbacks,
             **{name: given[name] for name in passed},
         )
     used = (out / RUN_FILE).exists()
@@ -184,6 +193,7 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         repeat = {k: v for k, v in given.items() if k not in _OF_ONE_START}
         replace_file(out / toml.RUN_TOML, toml.dump({**repeat, **settings}).encode())
     steps = recipe.steps
+    _check_profile(profiler, steps - trainer.step)
     trainer.fit(max(steps - trainer.step, 0))
     if not processes.first:
         return
@@ -193,6 +203,15 @@ def _train(given: dict[str, Any], processes: Processes) -> None:
         print(f"{out}: stopped by {name} at step {step}, continue with: {again}")
         return
     console.print(f"{out}: {trainer.step} steps, {trainer.metrics or 'nothing left to do'}")
+
+
+def _check_profile(profiler: Profiler | None, steps: int) -> None:
+    """Raise ValueError if there are too few steps to see what one takes."""
+    if profiler is not None and steps < profiler.needed:
+        raise ValueError(
+            f"--profile needs {profiler.needed} steps, {profiler.after} of them until all is as in "
+            f"a long run, but {steps} are to be taken: give more --steps"
+        )
 
 
 def _resuming(command: list[str], processes: Processes) -> str:

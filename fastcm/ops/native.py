@@ -21,6 +21,7 @@ from fastcm.ops.operands import coefficient, layout, optional, restored, same_no
 from fastcm.ops.reference import Denoised, Noised
 from fastcm.ops.registered import METRICS
 from fastcm.rng import NoiseKey
+from fastcm.tracing import part
 
 _CODES = {
     torch.float32: 1,
@@ -42,7 +43,8 @@ def _call(name: str, like: Sequence[int], *arguments: float, form: str = "") -> 
     assert function is not None
     threads = torch.get_num_threads()
     form = form or f"{3 + len(arguments)}q"
-    function(struct.pack(form, like[0], elements, threads, *arguments))
+    with part(name):
+        function(struct.pack(form, like[0], elements, threads, *arguments))
 
 
 def _tensor(t: Tensor | None) -> tuple[int, int, int]:

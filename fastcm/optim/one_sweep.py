@@ -25,6 +25,7 @@ from fastcm.optim.state import (
 )
 from fastcm.optim.tables import Tables
 from fastcm.optim.views import Views
+from fastcm.tracing import part
 
 Closure = Callable[[], Any]
 
@@ -114,8 +115,9 @@ class OneSweep(Views, Optimizer):
         tables.rates(self.averages, ramps=not backend.ramps)
         measured = self.max_grad_norm is not None
         if measured:
-            backend.grad_norm(tables)
-            sharding.all_reduce(tables.sums, tables.meshes)
+            with part("norm"):
+                backend.grad_norm(tables)
+                sharding.all_reduce(tables.sums, tables.meshes)
         backend.tick(tables, radam=self._radam, measured=measured)
         backend.sweep(tables)
         for slot in tables.staged:

@@ -19,6 +19,7 @@ from fastcm.ops.dispatch import Door, door
 from fastcm.planning import shortage
 from fastcm.precision import Autocast, Precision, check_precision, half_of
 from fastcm.rng import NoiseKey
+from fastcm.tracing import part
 from fastcm.training.blocks import compile_blocks
 from fastcm.training.half_weights import HalfWeights, half_weights
 from fastcm.training.mean_gradients import MeanGradients
@@ -225,9 +226,9 @@ class Gradients:
         total = torch.zeros((), dtype=torch.float64, device=x0.device)
         at = key.tensor.clone()
         for rows in range(0, len(x0), count):
-            part = (x0[rows : rows + count], rows_of(cond, slice(rows, rows + count)))
+            some = (x0[rows : rows + count], rows_of(cond, slice(rows, rows + count)))
             last = rows + count == len(x0)
-            value = self._pass(loss, *part, at, mean, share=1 / self.accumulate, last=last)
+            value = self._pass(loss, *some, at, mean, share=1 / self.accumulate, last=last)
             total += value.mean.detach() / self.accumulate
             at = at.clone()  # the noise of row i is that of row i of the whole batch
             at[2] += count
@@ -245,8 +246,10 @@ class Gradients:
         last: bool = True,
     ) -> Loss:
         """Forward and backward, of which `share` counts."""
-        with nullcontext() if self._half is None else self._half():
-            value = loss(x0, cond, key) if mean is None else mean(loss, x0, cond, key, last=last)
+        given = (x0, cond, key)
+        with part("backward"), nullcontext() if self._half is None else self._half():
+            with part("compiled" if loss is self._compiled_loss else "loss"):
+                value = loss(*given) if mean is None else mean(loss, *given, last=last)
             value.backward(share)
         return value
 

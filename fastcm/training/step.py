@@ -21,6 +21,7 @@ from fastcm.graphs import Graphed, Side
 from fastcm.networks.conditions import each, layout
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
+from fastcm.tracing import part
 from fastcm.training.gradients import Gradients
 from fastcm.training.parallel import lost_peers
 from fastcm.training.update import Update
@@ -123,10 +124,12 @@ class Step:
         """
         self._remaining = remaining
         if self._graphed is None:
-            self._feed(step, static=False)
+            with part("data"):
+                self._feed(step, static=False)
             return self._work()
         with self._side():
-            self._feed(step, static=True)
+            with part("data"):
+                self._feed(step, static=True)
             return self._graphed()
 
     def _feed(self, step: int, *, static: bool) -> None:
@@ -154,15 +157,16 @@ class Step:
 
     def _work(self) -> Tensor:
         if isinstance(self.source, DeviceData):
-            position = self.key.step * self.batch_size + self.rows.start
-            x0, cond = self.source.gather(position, len(self.rows))
+            with part("data"):
+                position = self.key.step * self.batch_size + self.rows.start
+                x0, cond = self.source.gather(position, len(self.rows))
         else:
             assert self._static is not None
             x0, cond = self._static
         self.shape = x0.shape[2 if self.gradients.paired else 1 :]
         self._optimizer.zero_grad(set_to_none=True)
         loss = self.gradients(x0, cond, self.key, remaining=self._remaining)
-        with lost_peers():
+        with part("sweep"), lost_peers():
             self.update.step()
         self.key.advance_()
         return loss

@@ -17,6 +17,7 @@ from fastcm.objectives.base import Objective
 from fastcm.optim import sharding
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.runs.checkpoint import load_weights, weights_of
+from fastcm.tracing import part
 
 
 class Update(ABC):
@@ -141,7 +142,8 @@ class Stock(Update):
     def step(self) -> None:
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         parameters = [p for p in self._parameters if p.requires_grad]
-        self._norm = sharding.whole(nn.utils.clip_grad_norm_(parameters, limit))
+        with part("norm"):
+            self._norm = sharding.whole(nn.utils.clip_grad_norm_(parameters, limit))
         finite = torch.isfinite(self._norm)
         self._apply(finite)
         for average, network in zip(self.averages, self.networks):

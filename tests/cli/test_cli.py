@@ -26,15 +26,16 @@ from fastcm.cli import demo, recipes, tables
 TINY = ["--width", "16", "--batch", "16", "--compile", "off", "--data", "digits"]
 
 
-def process(*arguments: object, fails: bool = False) -> str:
-    """Run the command in a process of its own; returns what it printed."""
+def process(*arguments: object, fails: bool = False, both: bool = False) -> str:
+    """Run the command in a process of its own; returns what it printed, if `both` also its log."""
     result = subprocess.run(
         [sys.executable, "-m", "fastcm", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={"COLUMNS": "200", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
     )
-    return verdict(result.returncode, result.stdout, result.stderr, fails)
+    said = verdict(result.returncode, result.stdout, result.stderr, fails)
+    return said + result.stderr if both else said
 
 
 def fastcm_(*arguments: object, fails: bool = False) -> str:
@@ -75,6 +76,19 @@ def test_train_writes_a_run_that_can_be_sampled(flow: Path, tmp_path: Path) -> N
     fastcm_("sample", flow, "--n", 3, "--first", 7, "--out", tmp_path / "folder")
     names = sorted(p.name for p in (tmp_path / "folder").iterdir())
     assert names == ["000007.png", "000008.png", "000009.png", "samples.json"]
+
+
+def test_a_profile_says_where_the_time_of_a_step_goes(tmp_path: Path) -> None:
+    run = ["train", "--method", "flow", *TINY, "--out", tmp_path / "run", "--profile", "--steps"]
+    assert "--profile needs 70 steps" in fastcm_(*run, 69, fails=True)
+    assert not (tmp_path / "run").exists()
+    said = process(*run, 70, both=True)
+    table = (tmp_path / "run" / "profile" / "table.txt").read_text()
+    assert table in said and "steps 61 to 70 on cpu" in table and "network, backward" in table
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
+    assert any(e["name"] == "fastcm: backward" for e in trace["traceEvents"])
+    assert "profile" not in (tmp_path / "run" / "run.toml").read_text()
+    assert "but 0 are to be taken" in fastcm_(*run, 70, "--resume", fails=True)
 
 
 def test_the_form_of_the_issue_resumes_where_it_was_stopped(tmp_path: Path) -> None:
