@@ -56,17 +56,17 @@ def attention_dual(
     if tq is None and tk is None and tv is None:
         raise ValueError("attention_dual needs one of tq, tk and tv at least")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _has_kernel(q, k, v):
-        operands = (x if x is None else _four(x) for x in (q, k, v, tq, tk, tv))
-        o, to, _ = torch.ops.fastcm.attention_dual(*operands, is_causal, scale)
-        return o.reshape(q.shape), to.reshape(q.shape)
-    if _is_blocked(q, k, v):
+    has_kernel = _has_kernel(q, k, v)
+    if has_kernel or _is_blocked(q, k, v):
         given = [x if x is None else _four(x) for x in (q, k, v, tq, tk, tv)]
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *given[:3], 0.0, is_causal, scale=scale
-        )
-        with torch.no_grad():
-            to = torch.ops.fastcm.cpu_attention_tangent(*given, o, lse, is_causal, scale)
+        if has_kernel:
+            o, to, _ = torch.ops.fastcm.attention_dual(*given, is_causal, scale)
+        else:
+            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *given[:3], 0.0, is_causal, scale=scale
+            )
+            with torch.no_grad():
+                to = torch.ops.fastcm.cpu_attention_tangent(*given, o, lse, is_causal, scale)
         return o.reshape(q.shape), to.reshape(q.shape)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     rows = max(1, _SCORES // max(k.shape[-2] * q.shape[:-2].numel(), 1))

@@ -37,7 +37,6 @@ def attention_tangent(
     wide = torch.promote_types(q.dtype, torch.float32)
     operands = [None if x is None else x.detach() for x in (q, k, v, tq, tk, tv, o, lse)]
     (Z, H, N, _), M = q.shape, k.shape[-2]
-    some: Any = ()
     whole = torch.empty_like(o)
     merged = Z > 1 and 2 * H * N * M <= _SCORES  # few scores of each: all heads are of one sample
     if merged:
@@ -46,14 +45,15 @@ def attention_tangent(
     out = torch.empty((Z, H, *o.shape[2:]), dtype=o.dtype, device=o.device) if merged else whole
     heads = max(1, min(H, _SCORES // (N * M)))
     rows = max(1, min(N, _SCORES // (heads * M)))
-    blocks = itertools.product(range(Z), range(0, H, heads), range(0, N, rows))
     with torch.autocast("cpu", enabled=False):
-        for z, h, i in blocks:
-            if i == 0:
-                some = [None if x is None else x[z, h : h + heads].to(wide) for x in operands]
-            at = slice(i, i + rows)
-            block = _block(*some, rows=at, is_causal=is_causal, scale=scale)
-            out[z, h : h + heads, i : i + rows] = block
+        for z, h in itertools.product(range(Z), range(0, H, heads)):
+            some: list[Any] = [
+                None if x is None else x[z, h : h + heads].to(wide) for x in operands
+            ]
+            for i in range(0, N, rows):
+                at = slice(i, i + rows)
+                block = _block(*some, rows=at, is_causal=is_causal, scale=scale)
+                out[z, h : h + heads, at] = block
     return whole.copy_(out.view(whole.shape)) if merged else whole
 
 
