@@ -43,6 +43,7 @@ def half_weights(
 
 
 def pays(device: torch.device) -> bool:
+    """Whether a cast of a weight is worth avoiding there."""
     return device.type == "cuda"
 
 
@@ -75,7 +76,6 @@ class HalfWeights:
         self._optimizer, self._average = optimizer, average
         self._places: list[Place] | None = None
         self._holders: list[nn.Module] = []  # the optimizer keeps up what somebody holds
-        self._trained: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._versions: list[int] = []
 
@@ -92,31 +92,40 @@ class HalfWeights:
         self._places = []
         if not mine:
             return
-        student = {id(p): p for p in mine}
-        averages = []
-        if self._target_net is not None and self._average is not None:
-            theirs = dict(self._target_net.named_parameters())
-            pairs = [(p, theirs[name]) for name, p in self._net.named_parameters()]
-            averages = [(p, q) for p, q in pairs if id(p) in student and casts.alone(q)]
-        i = self._optimizer.averages.index(self._average) if averages else None
-        self._optimizer.keep_shadows(DTYPE, () if i is None else (i,))
-        self._trained = list(zip(mine, self._copies(mine, None, trained=True)))
-        self._pairs = list(self._trained)
-        self._places += _places(self._net, self._trained)
-        if self._target_net is not None and i is not None:
-            halves = self._copies([p for p, _ in averages], i, trained=False)
-            held = list(zip([q for _, q in averages], halves))
-            self._pairs += held
-            self._places += _places(self._target_net, held)
+        names = {id(p): name for name, p in self._net.named_parameters()}
+        theirs = {} if self._target_net is None else dict(self._target_net.named_parameters())
+        pairs = [(p, theirs.get(names[id(p)])) for p in mine]
+        also = [(p, q) for p, q in pairs if q is not None and casts.alone(q)]
+        if not also or self._target_net is None or self._average is None:
+            self._optimizer.keep_shadows(DTYPE)
+            self._replace(self._net, mine, mine, None)
+            return
+        i = self._optimizer.averages.index(self._average)
+        self._optimizer.keep_shadows(DTYPE, (i,))
+        self._replace(self._net, mine, mine, None)
+        self._replace(self._target_net, [q for _, q in also], [p for p, _ in also], i)
 
-    def _copies(
-        self, weights: Sequence[nn.Parameter], i: int | None, *, trained: bool
-    ) -> list[nn.Parameter]:
-        module = self._optimizer.shadow_module(nn.ParameterList(weights), i)
-        self._holders.append(module)
-        for half in module.parameters():
-            half.requires_grad_(trained)
-        return list(module.parameters())
+    def _replace(
+        self,
+        net: nn.Module,
+        weights: Sequence[nn.Parameter],
+        mine: Sequence[nn.Parameter],
+        i: int | None,
+    ) -> None:
+        """Have copies of `weights` of `net`: of the student's, `mine`, or of their average `i`."""
+        holder = self._optimizer.shadow_module(nn.ParameterList(mine), i)
+        self._holders.append(holder)
+        holder.requires_grad_(i is None)
+        pairs = list(zip(weights, holder.parameters(), strict=True))
+        halves = {id(weight): half for weight, half in pairs}
+        self._pairs += pairs
+        assert self._places is not None
+        self._places += [
+            Place(module._parameters, name, weight, halves[id(weight)])
+            for module in net.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None and id(weight) in halves
+        ]
 
     def refresh(self) -> None:
         """Copy what was written to weights other than by the sweep."""
@@ -142,28 +151,17 @@ class HalfWeights:
     @torch.no_grad()
     def _gather(self) -> None:
         """Add the gradients of the copies to those of the weights."""
-        arrived = [(w, h.grad) for w, h in self._trained if h.grad is not None]
+        arrived = [(w, h, h.grad) for w, h in self._pairs if h.grad is not None]
         if not arrived:
             return
-        whole = [torch.empty_like(w) for w, _ in arrived]
-        torch._foreach_copy_(whole, [g for _, g in arrived])
-        for (weight, _), gradient in zip(arrived, whole):
+        whole = [torch.empty_like(w) for w, _, _ in arrived]
+        torch._foreach_copy_(whole, [g for _, _, g in arrived])
+        for (weight, half, _), gradient in zip(arrived, whole):
+            half.grad = None
             if weight.grad is None:
                 weight.grad = gradient
             else:
                 weight.grad += gradient
-        for _, half in self._trained:
-            half.grad = None
-
-
-def _places(net: nn.Module, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> list[Place]:
-    halves = {id(weight): half for weight, half in pairs}
-    return [
-        Place(module._parameters, name, weight, halves[id(weight)])
-        for module in net.modules()
-        for name, weight in module._parameters.items()
-        if weight is not None and id(weight) in halves
-    ]
 
 
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
