@@ -143,10 +143,10 @@ class ConsistencyDistillation:
             ("guidance", self.guidance),
             ("guidance_interval", self.guidance_interval),
         ):
-            pair = isinstance(value, tuple) and len(value) == 2
-            if isinstance(value, tuple) and not (pair and value[0] <= value[1]):
-                raise ValueError(f"{name} must be a range (low, high), got {value}")
-            if not isinstance(value, tuple | int | float | None):
+            if isinstance(value, tuple):
+                if len(value) != 2 or not value[0] <= value[1]:
+                    raise ValueError(f"{name} must be a range (low, high), got {value}")
+            elif not isinstance(value, int | float | None):
                 raise TypeError(f"{name} must be a number or a range (low, high), got {value!r}")
 
     @property
