@@ -68,7 +68,9 @@ class Engine:
         self._guide: Network | None = self.eager_guide
         if compile and self.eager_guide is not None:
             self._guide = torch.compile(self.eager_guide)
-        halves = {_half(network) for network in (self.eager, self.eager_guide) if network}
+        halves = {
+            _half(network) for network in (self.eager, self.eager_guide) if network is not None
+        }
         self._input_dtype = halves.pop() if len(halves) == 1 else None
         self._cache: graphs.GraphCache | None = None
         possible = graphs.available(device)
