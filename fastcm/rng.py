@@ -24,6 +24,7 @@ DATA = 2
 CONDITION = 3
 LEVEL = 4
 SHARDS = 5
+LATENT = 6
 SAMPLE = 16
 """First of the sampler's streams: evaluation j draws from ``SAMPLE + j``."""
 

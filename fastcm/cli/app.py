@@ -19,6 +19,7 @@ from fastcm import __version__
 from fastcm.cli import demo, plot
 from fastcm.cli.bench import bench
 from fastcm.cli.consolidate import consolidate
+from fastcm.cli.encode import encode
 from fastcm.cli.evaluate import evaluate
 from fastcm.cli.export import export
 from fastcm.cli.pairs import pairs
@@ -45,6 +46,7 @@ console = Console()
 app.command()(train)
 app.command()(sample)
 app.command()(pairs)
+app.command()(encode)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(consolidate)

@@ -11,8 +11,10 @@ import torch
 import typer
 from torch import nn
 
+from fastcm.adapters.autoencoders import load as load_autoencoder
+from fastcm.cli.filled import share
 from fastcm.cli.runs import condition, labels, read_condition, sampling_method
-from fastcm.cli.sample_folder import check_range, sample_folder, share
+from fastcm.cli.sample_folder import Decoder, check_range, sample_folder
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Churn, Sampler
 from fastcm.training.parallel import joined, launched, local_device
@@ -57,6 +59,13 @@ def sample(
     ] = False,
     format: Annotated[
         str | None, typer.Option(help="of a folder: png (images' default) or npz (others')")
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="of a run on latents: folder of the autoencoder that decodes them"),
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="decode in tiles of so many pixels: for large images")
     ] = None,
     parallel: Annotated[
         str | None,
@@ -109,7 +118,12 @@ def sample(
         "first": first,
         "label": label,
     }
-    filling |= {"ema": ema, "precision": precision, "cond": rows, "seed": seed}
+    decoder = decoder_of(run, vae, tile)
+    if decoder is None and latents_of_run(run) is not None:
+        if out.suffix == ".png":
+            raise ValueError(f"samples of {run} are latents: --vae decodes them into pictures")
+        filling["format"] = format or "npz"
+    filling |= {"decoder": decoder, "ema": ema, "precision": precision, "cond": rows, "seed": seed}
     if parallel is not None:
         with joined("fsdp") as processes:
             settings["mesh"] = mesh_of("fsdp", processes.count, torch.device(settings["device"]))
@@ -125,7 +139,10 @@ def sample(
         fill(run, out, n, sampler, **filling)
         return
     options = condition(sampler, labels(sampler, n, label, first=first, cond=rows), guidance, n)
-    x = sampler(n, first_sample=first, seed=seed, **options).cpu()
+    if decoder is not None and sampler.shape is not None:
+        decoder.shape(sampler.shape)
+    x = sampler(n, first_sample=first, seed=seed, **options)
+    x = (x if decoder is None else decoder(x)).cpu()
     if out.suffix == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, x.numpy())
@@ -142,6 +159,29 @@ def _check_guidance(
 ) -> None:
     if guidance is not None and guide is None and rows is None and labels(sampler, 0) is None:
         raise ValueError("--guidance needs a run that was trained with --conditional")
+
+
+def decoder_of(run: Path, vae: Path | None, tile: int | None) -> Decoder | None:
+    """What makes images of a run's samples; None where they are what is wanted.
+
+    Raises:
+        ValueError: the autoencoder is not that of the run; a tile without one.
+    """
+    if vae is None:
+        if tile is not None:
+            raise ValueError("--tile has a meaning only with --vae, which decodes in tiles")
+        return None
+    latents = latents_of_run(run)
+    scaling = None if latents is None else latents.get("scaling")
+    model = load_autoencoder(vae, scaling=scaling, device=local_device())
+    model.check(latents)
+    return Decoder(model, tile)
+
+
+def latents_of_run(run: Path) -> dict[str, Any] | None:
+    """What made the latents that a run was trained on; None if it was trained on other data."""
+    found = load_newest(run, only=set(), requires=RUN_STATE)[0].state.get("latents")
+    return found if isinstance(found, dict) else None
 
 
 def churn_of(text: str) -> Churn:

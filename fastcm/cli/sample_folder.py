@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Mapping
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcm.adapters.autoencoders import Autoencoder
+from fastcm.cli.filled import Filled, left_over
 from fastcm.cli.runs import condition, labels
 from fastcm.data.loading import PAIRS, SETTINGS, indices_of
 from fastcm.evaluation import pictures
@@ -31,16 +32,43 @@ from fastcm.networks.conditions import named
 from fastcm.progress import Progress
 from fastcm.rng import check_key
 from fastcm.runs.checkpoint import digest
-from fastcm.runs.description import differences
-from fastcm.runs.files import WRITING, create_file, read_state, replace_file
+from fastcm.runs.files import replace_file
 from fastcm.sampling import Sampler
 from fastcm.training.interrupt import StopSignals
 from fastcm.training.parallel import Processes
 
 FORMATS = ("png", "npz", PAIRS)
 _END = 2**32  # of the indices
-_LEFT_OVER = re.compile(rf"{re.escape(WRITING)}(.+)-(\d{{1,9}})")
 _WRITERS = 8  # a small file costs waiting for the disk, not work
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What makes images of samples that are latents.
+
+    Args:
+        autoencoder: of the latents.
+        tile: see `fastcm.adapters.autoencoders.Autoencoder.decode`.
+        batch: latents decoded at once.
+    """
+
+    autoencoder: Autoencoder
+    tile: int | None = None
+    batch: int = 8
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {**self.autoencoder.record, "tile": self.tile, "batch": self.batch}
+
+    def shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """Of an image; ValueError if it is no latent of this autoencoder."""
+        return self.autoencoder.image_shape(latent)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = (
+            self.autoencoder.decode(z, tile=self.tile).cpu() for z in torch.split(x, self.batch)
+        )
+        return torch.cat(list(parts))
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,7 @@ def sample_folder(
     guidance: float | None = None,
     format: str | None = None,
     source: Mapping[str, Any] | None = None,
+    decoder: Decoder | None = None,
     together: Processes | None = None,
 ) -> Drawn:
     """Draw samples first .. first + n - 1 into a folder, except those that are there already.
@@ -95,6 +124,7 @@ def sample_folder(
             int64 ``[b]``. "pairs": samples float32 ``x``, with ``labels``, whose noise follows
             from the seed and their indices; see `fastcm.data.pairs`.
         source: what else defines the samples; JSON-able, recorded and compared.
+        decoder: makes images of samples that are latents.
         together: processes that share the sampler's network and call this at once, each with a
             range of its own: they compute as many batches, and stop after the same one.
 
@@ -107,7 +137,8 @@ def sample_folder(
     if sampler.shape is None:
         raise ValueError("the sampler must know the shape of a sample: Sampler(shape=...)")
     labels(sampler, 0, label, cond=cond)
-    format = _format(format, sampler.shape)
+    shape = sampler.shape if decoder is None else decoder.shape(sampler.shape)
+    format = _format(format, shape)
     settings = {
         **(source or {}),
         "weights": digest(sampler.net.state_dict()),
@@ -118,11 +149,13 @@ def sample_folder(
         "guidance": guidance,
         "label": label,
         "format": format,
-        "shape": list(sampler.shape),
+        "shape": list(shape),
         "batch_size": sampler.batch_size,
     }
     if cond is not None:
         settings["cond"] = digest(dict(named(cond)))
+    if decoder is not None:
+        settings["decoder"] = decoder.record
     if sampler.churn is not None:
         settings["churn"] = str(sampler.churn)
     if sampler.guide is not None:
@@ -130,13 +163,15 @@ def sample_folder(
     together = together or Processes()
     if n == 0 and not together.joined:
         return Drawn()
-    out = _Folder(Path(folder), format, json.loads(json.dumps(settings)))
+    settings = json.loads(json.dumps(settings))
+    out = _Folder(Path(folder), settings, SETTINGS, (".png", ".npz"), "samples")
     out.check()
 
     def computed(batch: range) -> tuple[Tensor, Any]:
         held = labels(sampler, len(batch), label, first=batch.start, cond=cond)
         options = condition(sampler, held, guidance, len(batch))
-        return sampler(len(batch), seed=seed, first_sample=batch.start, **options).cpu(), held
+        x = sampler(len(batch), seed=seed, first_sample=batch.start, **options)
+        return (x if decoder is None else decoder(x)).cpu(), held
 
     def draw(batch: range, parts: list[range]) -> None:
         x, held = computed(batch)
@@ -182,17 +217,6 @@ def check_range(n: int, first: int) -> None:
         )
 
 
-def share(indices: range, batch_size: int, rank: int, count: int) -> range:
-    """Which of the indices one of `count` processes draws: whole batches, as equal as they come.
-
-    Files and their contents are then those of one process.
-    """
-    start, end = indices.start // batch_size, -(-indices.stop // batch_size)
-    cuts = (start + (end - start) * r // count for r in (rank, rank + 1))
-    low, high = (min(max(cut * batch_size, indices.start), indices.stop) for cut in cuts)
-    return range(low, high)
-
-
 def _is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3, 4)
 
@@ -207,43 +231,12 @@ def _format(format: str | None, shape: tuple[int, ...]) -> str:
     return format
 
 
-@dataclass(frozen=True)
-class _Folder:
+class _Folder(Filled):
     """Files of samples, each named by the indices that it holds."""
 
-    path: Path
-    format: str
-    settings: dict[str, Any]
-
-    def check(self) -> None:
-        """Raise ValueError if the folder has samples of another setting, or of an unknown one."""
-        record = self.path / SETTINGS
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file, not a folder for samples")
-        if not record.exists():
-            foreign = next((n for n in os.listdir(self.path) if n.endswith((".png", ".npz"))), None)
-            if foreign is None:
-                return
-            if not record.exists():  # asked again: another process writes it before its samples
-                raise ValueError(
-                    f"{self.path} has {foreign} and no {SETTINGS}: samples would be mixed up with "
-                    "other files, choose an empty folder"
-                )
-        changed = differences(read_state(record), self.settings)
-        if changed:
-            raise ValueError(
-                f"{self.path} holds samples of another setting: {'; '.join(changed)}; "
-                "choose another folder"
-            )
-
-    def claim(self) -> None:
-        """Record the setting; ValueError if another process was faster, and has another one."""
-        if not (self.path / SETTINGS).exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            create_file(self.path / SETTINGS, json.dumps(self.settings, indent=1).encode())
-        self.check()
+    @property
+    def format(self) -> str:
+        return str(self.settings["format"])
 
     def missing(self, wanted: range) -> list[range]:
         """The indices that are in no file, a range for each file to write."""
@@ -298,24 +291,8 @@ class _Folder:
 
     def clear(self, wanted: range) -> None:
         """Remove what killed processes left of files in a range; in others somebody may write."""
-        if os.name != "posix":  # os.kill would do harm
-            return
-        for path in self.path.glob(f"{WRITING}*"):
-            match = _LEFT_OVER.fullmatch(path.name)
-            if match is None or _is_running(int(match[2])):
-                continue
-            held = indices_of(match[1])
+        for name, path in left_over(self.path):
+            held = indices_of(name)
             ours = held is not None and held.start < wanted.stop and held.stop > wanted.start
-            if ours or match[1] == SETTINGS:
+            if ours or name == SETTINGS:
                 path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    """Whether it is a process of this machine, and another one."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,9 +99,7 @@ def image_folder(
         raise ValueError(f"size must be >= 1, got {size}")
     demo_module("PIL")
     root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no such folder: {root}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = image_files(root)
     kept: list[Path] = []
     skipped: list[tuple[Path, str]] = []
     x = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -127,12 +125,30 @@ def image_folder(
         raise ValueError(f"no readable image in {root}: {_summary(skipped, len(files))}")
     if skipped and on_skip is None:
         warnings.warn(f"skipped {_summary(skipped, len(files))}", stacklevel=2)
-    parts = [file.relative_to(root).parts for file in kept]
-    if any(len(p) < 2 for p in parts):
+    labels = labels_of(kept, root)
+    if labels is None:
         return Dataset(x[: len(kept)])
+    return Dataset(x[: len(kept)], torch.tensor(labels, device="cpu"), max(labels) + 1)
+
+
+def image_files(root: Path) -> list[Path]:
+    """The images below a folder, in sorted order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {root}")
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def labels_of(files: Sequence[Path], root: Path) -> list[int] | None:
+    """The classes of files by the sub-folders that they are in; None if some are in none."""
+    parts = [file.relative_to(root).parts for file in files]
+    if any(len(p) < 2 for p in parts):
+        return None
     classes = {name: i for i, name in enumerate(sorted({p[0] for p in parts}))}
-    labels = torch.tensor([classes[p[0]] for p in parts], device="cpu")
-    return Dataset(x[: len(kept)], labels, len(classes))
+    return [classes[p[0]] for p in parts]
 
 
 def holds_images(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.data.drawing import Upload
+from fastcm.data.latents import sampled
 from fastcm.data.shards import Shards, as_bytes, empty
 from fastcm.runs.checkpoint import digest
 
@@ -115,6 +116,7 @@ class ShardData:
         self._pool: ThreadPoolExecutor | None = None
         self._plan: tuple[int, range] | None = None
         self._held: dict[_Window, _Read] = {}
+        self._latent_key = rng.NoiseKey(seed, device=device)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -144,7 +146,19 @@ class ShardData:
             name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else x
             for name, x in parts[0].items()
         }
-        return self._upload.batch(*self._batch(whole))
+        x, cond = self._batch(whole)
+        if self.data.variance is None:
+            return self._upload.batch(x, cond)
+        held = (whole[self.data.variance],) if cond is None else (whole[self.data.variance], cond)
+        x, (log_variance, *rest) = self._upload.batch(x, held)
+        self._latent_key.step.fill_(step)  # no host synchronisation, unlike a new key
+        x = sampled(x, log_variance, self._latent_key, first_sample=rows.start)
+        return x, rest[0] if rest else None
+
+    @property
+    def latents(self) -> dict[str, Any] | None:
+        """What made the samples of images; see `fastcm.data.latents`."""
+        return self.data.latents
 
     def _batch(self, arrays: dict[str, Tensor]) -> tuple[Tensor, Any]:
         sample, *names = self.data.names
@@ -162,7 +176,7 @@ class ShardData:
         return {
             "shards": len(files),
             "samples": len(self),
-            "holds": {name: str(self.data.fields[name]) for name in self.data.names},
+            "holds": {name: str(self.data.fields[name]) for name in self.data.read_names},
             "window": self.data.window,
             "files": digest({"files": listed}),
         }
@@ -189,7 +203,7 @@ class ShardData:
         order = self._order.rows(window)
         at = (torch.arange(window.rows) + window.first) % batch_size
         order = order[(at >= mine.start) & (at < mine.stop)]
-        arrays = {name: empty(len(order), data.fields[name]) for name in data.names}
+        arrays = {name: empty(len(order), data.fields[name]) for name in data.read_names}
         if self.paired:
             arrays["noise"] = torch.empty_like(arrays[data.names[0]])
         if self._pool is None:
@@ -211,7 +225,7 @@ class ShardData:
         data = self.data
         shard = data.opened(i)
         to = lines.numpy()
-        shard.read(index.numpy(), {name: (as_bytes(arrays[name]), to) for name in data.names})
+        shard.read(index.numpy(), {name: (as_bytes(arrays[name]), to) for name in data.read_names})
         if data.noise is not None:
             seed, firsts = data.noise
             key = rng.NoiseKey(seed, first_sample=firsts[i])

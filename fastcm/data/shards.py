@@ -9,14 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcm.data.datasets import Dataset
 from fastcm.data.drawing import Keys
+from fastcm.data.latents import ENCODED, LOG_VARIANCE, latents_of, sampled
 from fastcm.data.pair_files import SETTINGS, pair_files
 from fastcm.data.shard_files import SUFFIXES, Field, Shard, open_shard
+from fastcm.rng import NoiseKey
 from fastcm.runs.files import read_state
 
 INDEX = "shards.json"
@@ -39,6 +42,8 @@ class Shards:
         size, channels: of images in archives.
         noise: of pairs, the seed of their noise and the index of the first pair of each file.
         classes: how many, where it is known already.
+        latents: what made them of images, where it is known; see `fastcm.data.latents`.
+        variance: name of the log-variance of which each draw of a latent is made, if any.
     """
 
     files: tuple[Path, ...]
@@ -51,6 +56,8 @@ class Shards:
     channels: int | None = None
     noise: tuple[int, tuple[int, ...]] | None = None
     classes: int | None = None
+    latents: dict[str, Any] | None = None
+    variance: str | None = None
 
     def __len__(self) -> int:
         return sum(self.rows)
@@ -59,6 +66,11 @@ class Shards:
     def paired(self) -> bool:
         """Whether every sample comes with its noise, as in `fastcm.data.Dataset`."""
         return self.noise is not None
+
+    @property
+    def read_names(self) -> tuple[str, ...]:
+        """The arrays that are read of each shard."""
+        return self.names if self.variance is None else (*self.names, self.variance)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,8 +132,12 @@ class Shards:
         missing = len(self) if at_most is None else min(at_most, len(self))
         for i in range(len(self.files)):
             if missing > 0:
-                held = self.read(i, self.names, range(min(missing, self.rows[i])))
-                xs.append(held[self.names[0]])
+                held = self.read(i, self.read_names, range(min(missing, self.rows[i])))
+                x = held[self.names[0]]
+                if self.variance is not None:
+                    first = sum(self.rows[:i])
+                    x = sampled(x, held[self.variance], NoiseKey(0), first_sample=first)
+                xs.append(x)
                 labels += [held[name] for name in self.names[1:]]
                 missing -= len(xs[-1])
         return Dataset(torch.cat(xs), torch.cat(labels) if labels else None, self.num_classes)
@@ -173,7 +189,8 @@ def shards(
     consecutive ones together. All shards in one window give the permutation of `DeviceData`.
 
     Args:
-        path: a folder, or the files. A folder of ``fastcm pairs`` gives pairs.
+        path: a folder, or the files. A folder of ``fastcm pairs`` gives pairs; of one of
+            ``fastcm encode`` that holds moments each draw of a latent is another.
         keys: name of the sample, or names of sample and conditions; several conditions make a dict.
             Default x and all others.
         window: shards that are shuffled together. Two windows are in memory, of several processes
@@ -190,6 +207,7 @@ def shards(
         raise ValueError(f"window and threads must be >= 1, got {window} and {threads}")
     opening = partial(open_shard, size=size, channels=channels)
     noise: tuple[int, tuple[int, ...]] | None = None
+    latents: dict[str, Any] | None = None
     expected: list[int] = []
     if isinstance(path, str | os.PathLike):
         folder = Path(path)
@@ -200,7 +218,12 @@ def shards(
             files = [file for _, file in pairs.files]
             expected = [len(held) for held, _ in pairs.files]
             noise = pairs.seed, tuple(held.start for held, _ in pairs.files)
+        elif (folder / ENCODED).exists() and not (folder / INDEX).exists():
+            raise ValueError(
+                f"{folder} lacks latents: the same `fastcm encode` again makes what is missing"
+            )
         elif (folder / INDEX).exists():
+            latents = latents_of(folder)
             known = _indexed(folder)
             files, expected = [folder / name for name in known], list(known.values())
         else:
@@ -223,9 +246,12 @@ def shards(
         raise ValueError(f"empty data: no rows in {', '.join(empties[:5])}")
     if sum(rows) >= 2**32:
         raise ValueError(f"at most 2**32 - 1 rows can be shuffled, got {sum(rows)}")
-    names = _names(first, files[0], keys)
-    fields = dict(first.fields)
-    return Shards(tuple(files), tuple(rows), fields, names, window, threads, size, channels, noise)
+    variance = LOG_VARIANCE if latents is not None and LOG_VARIANCE in first.fields else None
+    names = tuple(name for name in _names(first, files[0], keys) if name != variance)
+    return Shards(
+        tuple(files), tuple(rows), dict(first.fields), names, window, threads, size, channels,
+        noise, latents=latents, variance=variance,
+    )  # fmt: skip
 
 
 def check_alike(

@@ -64,8 +64,14 @@ def write_shards(
     if not counts:
         raise ValueError(f"no rows to write to {folder}")
     sync_directory(folder)
-    replace_file(folder / INDEX, json.dumps({"format": FORMAT, "rows": counts}, indent=1).encode())
+    write_index(folder, counts)
     return shards(folder)
+
+
+def write_index(folder: Path, rows: Mapping[str, int]) -> None:
+    """Say of a folder that it is complete, and how many rows each of its files has."""
+    data = json.dumps({"format": FORMAT, "rows": dict(rows)}, indent=1).encode()
+    replace_file(folder / INDEX, data)
 
 
 def _cut(batches: Iterable[Any], rows: int) -> Iterator[dict[str, Tensor]]:

@@ -46,7 +46,7 @@ def configuration(
     }
 
 
-def metadata_of(net: nn.Module, objective: Objective) -> dict[str, Any]:
+def metadata_of(net: nn.Module, objective: Objective, source: Source) -> dict[str, Any]:
     """What a sampler must know of a network; "shape" is that of a sample, once it is seen."""
     null = getattr(objective, "null_condition", None)
     return {
@@ -54,6 +54,7 @@ def metadata_of(net: nn.Module, objective: Objective) -> dict[str, Any]:
         "parameterization": describe(objective.parameterization),
         "null_condition": null if isinstance(null, int) else None,
         "shape": None,
+        "latents": getattr(source, "latents", None),
     }
 
 

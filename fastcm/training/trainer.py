@@ -187,7 +187,7 @@ class Trainer:
             self.source, batch_size, gradients, optimizer, self.update, key,
             rows=rows, graph=graph, log=self.log,
         )  # fmt: skip
-        self.metadata = metadata_of(net, objective)
+        self.metadata = metadata_of(net, objective, self.source)
         self._config: dict[str, Any] | None = None
         self._saving = Saving(
             self.settings,

@@ -23,7 +23,8 @@ from fastcm.adapters.diffusers import load  # noqa: E402
 from fastcm.adapters.lora import WithoutAdapters  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SCRIPT, LORA = (str(EXAMPLES / name) for name in ("distil_diffusers.py", "lora_lcm.py"))
+NAMES = ("distil_diffusers.py", "lora_lcm.py", "latents.py")
+SCRIPT, LORA, LATENTS = (str(EXAMPLES / name) for name in NAMES)
 
 
 def test_a_prompted_teacher_becomes_a_pipeline_of_four_steps(tmp_path: Path, monkeypatch, capsys):
@@ -48,6 +49,7 @@ def test_a_prompted_teacher_becomes_a_pipeline_of_four_steps(tmp_path: Path, mon
 CALLS = {
     SCRIPT: "sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=1.0)",
     LORA: "pipeline(prompt, num_inference_steps=4, guidance_scale=1.0)",
+    LATENTS: "16 images in two steps: ",
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastcm
-from fastcm.cli import sample_folder as module
+from fastcm.cli import filled
 from fastcm.cli.sample_folder import SETTINGS, sample_folder
 from fastcm.evaluation.pictures import to_uint8
 from fastcm.networks import MLP
@@ -199,13 +199,13 @@ def test_a_setting_that_another_process_was_faster_with_is_refused(
         return draw(self, *args, **options)
 
     def recording(path: Path, data: bytes) -> None:
-        monkeypatch.setattr(module, "create_file", create_file)
+        monkeypatch.setattr(filled, "create_file", create_file)
         if moment == "records":
             sample_folder(fast, tmp_path, 2)
         create_file(path, data)
 
     monkeypatch.setattr(Sampler, "__call__", drawing)
-    monkeypatch.setattr(module, "create_file", recording)
+    monkeypatch.setattr(filled, "create_file", recording)
     with pytest.raises(ValueError, match="samples of another setting: weights"):
         sample_folder(slow, tmp_path, 5)
     assert sorted(files(tmp_path)) == ["000000.png", "000001.png"]

@@ -15,7 +15,7 @@ from test_cli_sample import command, here
 from test_cli_sample import run as run
 from test_sample_folder import files
 
-from fastcm.cli.sample_folder import share
+from fastcm.cli.filled import share
 from fastcm.cli.train import _resuming
 from fastcm.runs.checkpoint import list_checkpoints, load
 from fastcm.training.parallel import Processes, local_device
