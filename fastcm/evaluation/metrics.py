@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastcm import ops, rng
 from fastcm.data import to_unit
+from fastcm.evaluation.gaussians import Gaussian, frechet_distance
 from fastcm.parameterization import Parameterization
 from fastcm.rng import NoiseKey
 from fastcm.sampling import predict
@@ -62,26 +63,9 @@ def features(x: Tensor, *, width: int = 1024, count: int = 64) -> Tensor:
 def frechet(x: Tensor, y: Tensor) -> float:
     """Frechet distance between Gaussians fitted to the `features` of two sets of samples.
 
-    |mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x^1/2 C_y C_x^1/2)^1/2).
     Source: Heusel et al. 2017 (FID), with this feature space instead of Inception's.
     """
-    (mean_x, cov_x), (mean_y, cov_y) = (_moments(features(samples)) for samples in (x, y))
-    root = _sqrt(cov_x)
-    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
-    distance = (mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross
-    return max(float(distance), 0.0)
-
-
-def _moments(f: Tensor) -> tuple[Tensor, Tensor]:
-    if len(f) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 samples, got {len(f)}")
-    return f.mean(0), f.T.cov()
-
-
-def _sqrt(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    return root
+    return frechet_distance(features(x), Gaussian.of(features(y)))
 
 
 def _flat(*sets: Tensor) -> tuple[Tensor, ...]:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fastcm.networks.files import read_weights
 
 CONVOLUTIONS = (
     ((0, 3, 64), (2, 64, 64)),
@@ -57,7 +57,7 @@ class LPIPS(nn.Module):
         paths = [files] if isinstance(files, str | os.PathLike) else list(files)
         found: dict[str, Tensor] = {}
         for path in paths:
-            found.update(_named(_read(Path(path))))
+            found.update(_named(read_weights(Path(path), "LPIPS")))
         where = ", ".join(map(str, paths))
         self.blocks = nn.ModuleList()
         self.heads = nn.ParameterList()
@@ -110,20 +110,6 @@ class LPIPS(nn.Module):
                 x = convolution(x).relu()
             found.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
         return found
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file of LPIPS weights: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and safetensors raise many kinds
-        raise ValueError(f"{path} is not a readable file of weights: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(found).__name__}")
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _named(found: dict[str, Tensor]) -> dict[str, Tensor]:
