@@ -2,6 +2,7 @@
 
     FOLDER/model.safetensors     one average of the weights, by the names of the network
            config.json           network, path and prediction, shape, how samples are drawn
+           null_condition.safetensors    what stands for no condition, where that is tensors
            README.md             how it was trained and how to load it, with a picture of images
 
 Folders are local ones or repositories of the Hugging Face Hub (extra "hub"). Nothing is unpickled.
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 from fastcm import networks
 from fastcm.evaluation.pictures import save_grid
-from fastcm.runs import checkpoint, frozen
+from fastcm.runs import checkpoint, frozen, nested
 from fastcm.runs.description import parameterization_from
 from fastcm.runs.files import CheckpointError, read_state, replace_file, write_tensors
 from fastcm.sampling import Sampler, append_weight
 from fastcm.sampling.engine import Method
 
 WEIGHTS, CONFIG, CARD, PICTURE = "model.safetensors", "config.json", "README.md", "samples.png"
+NULL = "null_condition.safetensors"
 FORMAT = 1
 _STEPS: dict[Method, int] = {"multistep": 1, "flow-map": 1, "ode": 50}
 _SHOWN = 36
@@ -74,7 +76,8 @@ def save_pretrained(
     if (out / checkpoint.CHECKPOINTS).exists():
         raise ValueError(f"{out} is the directory of a run, choose another")
     group = "model" if ema == -1 else f"average_{ema}"
-    found, _ = checkpoint.load_newest(Path(run), only={group}, requires=checkpoint.RUN_STATE)
+    only, requires = {group, checkpoint.NULL}, checkpoint.RUN_STATE
+    found, _ = checkpoint.load_newest(Path(run), only=only, requires=requires)
     state = found.state
     if group not in found.groups:
         raise ValueError(f"ema must be in [-1, {state['num_averages']}) for {run}, got {ema}")
@@ -101,6 +104,9 @@ def save_pretrained(
         config["network"] = None  # it may have layers that its description does not know
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / WEIGHTS, weights)
+    null = found.groups.get(checkpoint.NULL)
+    if null is not None:
+        write_tensors(out / NULL, null)
     replace_file(out / CONFIG, json.dumps(config, indent=1).encode())
     picture = None if config["network"] is None else _picture(from_pretrained(out), out)
     replace_file(out / CARD, _card(config, weights, picture).encode())
@@ -147,17 +153,23 @@ def from_pretrained(
                 "of the same architecture"
             )
         net = networks.build(config["network"])
-    try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS, device="cpu")
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is not readable: {error}") from error
+    weights = _read(folder / WEIGHTS)
     checkpoint.check_tensors(f"{folder / WEIGHTS}", weights, checkpoint.weights_of(net))
     checkpoint.load_weights(net, weights)
-    known = {name: config[name] for name in ("shape", "null_condition", "method", "steps")}
+    known = {name: config[name] for name in ("shape", "method", "steps")}
+    tensors = _read(folder / NULL) if (folder / NULL).is_file() else {}
+    known["null_condition"] = nested.unflatten(config["null_condition"], tensors)
     if options.get("times") is not None:
         del known["steps"]
     p = parameterization_from(config["parameterization"])
     return Sampler(net, p, **{**known, **options})
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file, device="cpu")
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{file} is not readable: {error}") from error
 
 
 def push_to_hub(folder: str | Path, repo: str, *, private: bool | None = None) -> str:
@@ -181,7 +193,7 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool | None = None) -
     hub = _hub()
     api = hub.HfApi(library_name="fastcm")
     api.create_repo(repo, private=private, exist_ok=True)
-    files = [CONFIG, WEIGHTS, CARD, PICTURE]
+    files = [CONFIG, WEIGHTS, NULL, CARD, PICTURE]
     return str(api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=files))
 
 
@@ -194,7 +206,7 @@ def _local(folder_or_repo: str | Path, revision: str | None) -> Path:
     name = str(folder_or_repo)
     if isinstance(folder_or_repo, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no such folder: {folder_or_repo}")
-    files = [CONFIG, WEIGHTS]
+    files = [CONFIG, WEIGHTS, NULL]
     return Path(_hub().snapshot_download(name, revision=revision, allow_patterns=files))
 
 

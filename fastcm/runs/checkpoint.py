@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcm.runs import shards
+from fastcm.runs import nested, shards
 from fastcm.runs.files import (
     WRITING,
     clear,
@@ -51,6 +51,8 @@ RUN_STATE = (
     "network", "parameterization", "null_condition", "shape",
 )  # fmt: skip
 """What `Trainer` adds to the state of its checkpoints."""
+NULL = "null"
+"""The group of tensors that the state's "null_condition" names, if there are any."""
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 STATE = "state.json"
@@ -289,6 +291,18 @@ def load_newest(
     raise CheckpointError(
         f"every checkpoint of {run} is damaged: " + "; ".join(str(e) for e in errors)
     )
+
+
+def null_of(found: Checkpoint) -> Any:
+    """The null condition of a run, as its objective had it; None for none.
+
+    Args:
+        found: read with the group `NULL`.
+
+    Raises:
+        CheckpointError: its tensors are missing.
+    """
+    return nested.unflatten(found.state["null_condition"], found.groups.get(NULL, {}))
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

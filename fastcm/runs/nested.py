@@ -96,7 +96,7 @@ def unflatten(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _named(name: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     if not isinstance(name, str) or name not in tensors:
-        raise CheckpointError(f"the state of the data lacks its tensor {name!r:.100}")
+        raise CheckpointError(f"the state lacks its tensor {name!r:.100}")
     return tensors[name]
 
 
@@ -110,6 +110,4 @@ def _array(described: Any, tensors: Mapping[str, Tensor]) -> Any:
         array = np.frombuffer(_named(name, tensors).numpy().tobytes(), dtype, count)
         return array.reshape(shape).copy()
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the state of the data names the array {described!r:.100}: {error}"
-        ) from error
+        raise CheckpointError(f"the state names the array {described!r:.100}: {error}") from error

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastcm import networks
 from fastcm.runs import frozen
-from fastcm.runs.checkpoint import RUN_STATE, Checkpoint, load_newest
+from fastcm.runs.checkpoint import NULL, RUN_STATE, Checkpoint, load_newest, null_of
 from fastcm.sharding import spread
 from fastcm.sharding.materialise import materialise_from
 
@@ -27,7 +27,7 @@ def network_of_run(
     device: torch.device | str,
     mesh: DeviceMesh | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a run's last good checkpoint, and the checkpoint's state.
+    """The network of a run's last good checkpoint, and the checkpoint's state and null condition.
 
     Args:
         directory, ema, net: see `fastcm.Sampler.from_run`.
@@ -38,11 +38,11 @@ def network_of_run(
         FileNotFoundError, ValueError: no run there; no net where it is needed, or another's.
     """
     group = "model" if ema == -1 else f"average_{ema}"
-    only = {group} if mesh is None else set()
+    only = {NULL} if mesh is not None else {group, NULL}
     found, damaged = load_newest(Path(directory), only=only, requires=RUN_STATE)
     for error in damaged:
         warnings.warn(f"{error}; falling back to {found.path}", stacklevel=3)
-    state = found.state
+    state = {**found.state, "null_condition": null_of(found)}
     if not -1 <= ema < state["num_averages"]:
         raise ValueError(f"ema must be in [-1, {state['num_averages']}) for {directory}, got {ema}")
     if mesh is not None:

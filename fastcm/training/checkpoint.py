@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcm.runs import checkpoint, frozen
-from fastcm.runs.checkpoint import CheckpointError
+from fastcm.runs.checkpoint import NULL, CheckpointError
 from fastcm.runs.description import differences
 from fastcm.training.optimizer_state import check_optimizer
 from fastcm.training.parallel import Processes
@@ -37,20 +37,22 @@ def contents(
         {**group, "lr": lr} for group, lr in zip(rest["param_groups"], state.base_lr)
     ]
     data, position = state.data.contents()
+    described = dict(metadata)
+    null = {NULL: tensors} if (tensors := described.pop(NULL)) else {}
     groups = {
         **state.weights(),
         "optimizer": optimizer,
         "random": _random(state.device),
         "counters": {"counts": state.update.counts},
         **data,
+        **null,
     }
-    described = {
+    described |= {
         **position,
         "config": config,
         "compiled": state.gradients.compiled,
         "optimizer": rest,
         "num_averages": len(state.update.averages),
-        **metadata,
     }
     return groups, described
 
@@ -79,6 +81,7 @@ def restore(state: State, run: Path, config: Mapping[str, Any], processes: Proce
     if changed:
         raise ValueError(f"{run} was trained under another configuration: " + "; ".join(changed))
     groups, name = found.groups, found.path.name
+    groups.pop(NULL, None)  # the configuration has agreed about it
     fixed = {
         **weights,
         "counters": {"counts": state.update.counts},

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastcm.data import Source
 from fastcm.objectives.base import Objective
+from fastcm.runs import nested
 from fastcm.runs.checkpoint import plain
 from fastcm.runs.description import describe
 from fastcm.sharding.spread import type_of
@@ -47,12 +48,19 @@ def configuration(
 
 
 def metadata_of(net: nn.Module, objective: Objective, source: Source) -> dict[str, Any]:
-    """What a sampler must know of a network; "shape" is that of a sample, once it is seen."""
-    null = getattr(objective, "null_condition", None)
+    """What a sampler must know of a network.
+
+    "shape" is that of a sample, once it is seen; "null" are the tensors of "null_condition".
+
+    Raises:
+        ValueError: a null condition of something else than tensors and numbers.
+    """
+    null, tensors = nested.flatten(getattr(objective, "null_condition", None), "null_condition")
     return {
         "network": getattr(net, "description", None),
         "parameterization": describe(objective.parameterization),
-        "null_condition": null if isinstance(null, int) else None,
+        "null_condition": null,
+        "null": tensors,
         "shape": None,
         "latents": getattr(source, "latents", None),
     }
