@@ -15,7 +15,8 @@ from fastcm import hub
 from fastcm.cli.recipes import IN_MEMORY, Recipe
 from fastcm.data import Dataset, Shards, as_source
 from fastcm.data.datasets import as_condition, condition_of, read_arrays
-from fastcm.networks.conditions import named, rows_of
+from fastcm.data.encoded import encoded_prompts
+from fastcm.networks.conditions import named, nested, rows_of
 from fastcm.runs import checkpoint
 from fastcm.runs.checkpoint import RUN_STATE, load_newest
 from fastcm.runs.description import differences
@@ -135,15 +136,19 @@ def condition(sampler: Sampler, labels: Any, guidance: float | None, n: int) -> 
 def read_condition(file: Path) -> Any:
     """The condition in a file of arrays: the only one, or a dict of several by their names.
 
+    Also of all prompts in a folder of ``fastcm encode``.
+
     Raises:
         FileNotFoundError, ValueError: no such file, or it cannot be read or is of another kind.
     """
-    if file.suffix == ".safetensors":
+    if file.is_dir():
+        cond: Any = encoded_prompts(file)
+    elif file.suffix == ".safetensors":
         try:
             held = safetensors.torch.load_file(file, device="cpu")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is not a readable .safetensors file: {error}") from error
-        cond: Any = held if len(held) != 1 else next(iter(held.values()))
+        cond = nested(held) if len(held) != 1 else next(iter(held.values()))
     elif file.suffix in (".npy", ".npz"):
         cond = condition_of(read_arrays(file))
     else:

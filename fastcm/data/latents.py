@@ -14,6 +14,9 @@ from fastcm.runs.files import read_state
 ENCODED = "encoded.json"
 """In a folder of ``fastcm encode``: the setting that its shards were made by."""
 
+NULL = "null.safetensors"
+"""In a folder with conditions of prompts: what stands for no condition, of the same names."""
+
 LOG_VARIANCE = "log_variance"
 """The array beside the mean ``x`` of each latent, where a folder holds moments."""
 

@@ -15,6 +15,7 @@ from fastcm import ops, rng
 from fastcm.data.drawing import Upload
 from fastcm.data.latents import sampled
 from fastcm.data.shards import Shards, as_bytes, empty
+from fastcm.networks.conditions import nested
 from fastcm.runs.checkpoint import digest
 
 
@@ -166,7 +167,7 @@ class ShardData:
         if self.paired:  # each half of the batch is dense
             x = torch.stack([x, arrays["noise"]]).transpose(0, 1)
         if len(names) > 1:
-            return x, {name: arrays[name] for name in names}
+            return x, nested({name: arrays[name] for name in names})
         return x, arrays[names[0]] if names else None
 
     def describe(self) -> dict[str, object]:

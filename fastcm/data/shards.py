@@ -11,14 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from fastcm.data.datasets import Dataset
 from fastcm.data.drawing import Keys
-from fastcm.data.latents import ENCODED, LOG_VARIANCE, latents_of, sampled
+from fastcm.data.latents import ENCODED, LOG_VARIANCE, NULL, latents_of, sampled
 from fastcm.data.pair_files import SETTINGS, pair_files
 from fastcm.data.shard_files import SUFFIXES, Field, Shard, open_shard
+from fastcm.networks.conditions import nested
 from fastcm.rng import NoiseKey
 from fastcm.runs.files import read_state
 
@@ -44,6 +46,7 @@ class Shards:
         classes: how many, where it is known already.
         latents: what made them of images, where it is known; see `fastcm.data.latents`.
         variance: name of the log-variance of which each draw of a latent is made, if any.
+        null: file of what stands for no condition, if there is one.
     """
 
     files: tuple[Path, ...]
@@ -58,6 +61,7 @@ class Shards:
     classes: int | None = None
     latents: dict[str, Any] | None = None
     variance: str | None = None
+    null: Path | None = None
 
     def __len__(self) -> int:
         return sum(self.rows)
@@ -76,6 +80,15 @@ class Shards:
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return self.fields[self.names[0]].shape
+
+    @property
+    def null_condition(self) -> Any:
+        """What stands for no condition, in the containers of the condition; None if unknown."""
+        if self.null is None:
+            return None
+        held = safetensors.torch.load_file(self.null, device="cpu")
+        found = nested({name: held[name] for name in self.names[1:]})
+        return next(iter(found.values())) if len(self.names) == 2 else found
 
     @property
     def labels(self) -> str | None:
@@ -224,7 +237,7 @@ def shards(
             )
         elif (folder / INDEX).exists():
             latents = latents_of(folder)
-            known = _indexed(folder)
+            known = indexed(folder)
             files, expected = [folder / name for name in known], list(known.values())
         else:
             files = _numbered(folder)
@@ -248,9 +261,10 @@ def shards(
         raise ValueError(f"at most 2**32 - 1 rows can be shuffled, got {sum(rows)}")
     variance = LOG_VARIANCE if latents is not None and LOG_VARIANCE in first.fields else None
     names = tuple(name for name in _names(first, files[0], keys) if name != variance)
+    null = files[0].with_name(NULL) if latents is not None else None
     return Shards(
         tuple(files), tuple(rows), dict(first.fields), names, window, threads, size, channels,
-        noise, latents=latents, variance=variance,
+        noise, latents=latents, variance=variance, null=null if null and null.is_file() else None,
     )  # fmt: skip
 
 
@@ -299,7 +313,7 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix in SUFFIXES and file.name[0] != "."]
 
 
-def _indexed(folder: Path) -> dict[str, int]:
+def indexed(folder: Path) -> dict[str, int]:
     """The rows of every file that the index of a folder names."""
     index = read_state(folder / INDEX)
     rows = index.get("rows")

@@ -5,7 +5,7 @@ The containers are those of `torch.utils._pytree`: dicts, tuples, lists and name
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Union
 
 import torch
@@ -38,6 +38,27 @@ def named(cond: Any, name: str = "cond") -> list[tuple[str, Any]]:
         return [(name, cond)]
     held, _ = _pytree.tree_flatten_with_path(cond)
     return [(name + _pytree.keystr(path), value) for path, value in held]
+
+
+def flattened(cond: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by keys that are joined by dots; `nested` is the inverse."""
+    found: dict[str, Any] = {}
+    for key, value in cond.items():
+        inside = isinstance(value, Mapping)
+        found |= flattened(value, f"{at}{key}.") if inside else {f"{at}{key}": value}
+    return found
+
+
+def nested(cond: Mapping[str, Any]) -> dict[str, Any]:
+    """Dicts out of keys that are joined by dots, as arrays in files are named."""
+    found: dict[str, Any] = {}
+    for name, value in cond.items():
+        *parents, key = name.split(".")
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return found
 
 
 def layout(cond: Any, name: str = "cond") -> dict[str, str]:

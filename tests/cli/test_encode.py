@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def test_shards_hold_the_moments_and_the_classes(
 ) -> None:
     code, said, error = call("encode", *options(images, vae, tmp_path / "x"))
     assert code == 0, error
-    assert "11 encoded" in said and "11 latents of [4, 4, 4]" in said
+    assert "11 encoded" in said and "all 11 latents are in" in said
     data = shards(tmp_path / "x")
     model = load_autoencoder(vae)
     assert data.rows == (4, 4, 3) and data.names == ("x", "labels") and data.num_classes == 2
@@ -92,7 +94,7 @@ def test_the_folder_is_the_same_however_it_was_filled(
     one, parts, stopped = (tmp_path / name for name in ("one", "parts", "stopped"))
     assert call("encode", *options(images, vae, one))[0] == 0
     code, said, _ = call("encode", *options(images, vae, parts), "--part", "1/2")
-    assert code == 0 and "7 encoded" in said and "latents of" not in said
+    assert code == 0 and "7 encoded" in said and "all 11" not in said
     with pytest.raises(ValueError, match="lacks latents: the same `fastcm encode` again"):
         shards(parts)
     assert call("encode", *options(images, vae, parts), "--part", "0/2")[0] == 0
@@ -231,3 +233,79 @@ def test_what_cannot_be_encoded_is_said(call: Any, images: Path, vae: Path, tmp_
         assert code == 2 and said in error, error
     assert not (tmp_path / "x").exists()
     assert call("encode", *options(mixed, vae, tmp_path / "x"), "--size", 8)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    from tiny_text_encoders import write
+
+    return write("sdxl", tmp_path_factory.mktemp("pipeline"))
+
+
+def test_captions_beside_images_make_conditions_of_a_text_model(
+    call: Any, images: Path, vae: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    from fastcm.adapters.text_encoders import load as load_text_encoder
+
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    listed = []
+    texts = []
+    for i, file in enumerate(sorted(folder.rglob("*.png"))):
+        texts.append(f"cat {'abcdefghijk'[i]}")
+        if i % 2:
+            file.with_suffix(".txt").write_text(texts[-1] + "\n")
+        else:
+            name = str(file.relative_to(folder))
+            listed.append(json.dumps({"file_name": name, "text": texts[-1]}))
+    (folder / "metadata.jsonl").write_text("\n".join(listed))
+    command = [*options(folder, vae, tmp_path / "x"), "--text-encoder", pipeline, "--size", 8]
+    code, said, error = call("encode", *command)
+    assert code == 0 and "all 11 latents are in" in said, error
+    again = [*command[:5], tmp_path / "y", *command[6:]]
+    assert call("encode", *again, "--part", "1/2")[0] == call("encode", *again)[0] == 0
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
+    data = shards(tmp_path / "x", window=3)
+    encoder = load_text_encoder(pipeline, size=(8, 8))
+    held = data.read(1, data.names)
+    for key, wanted in encoder.encode(texts[4:8]).items():
+        torch.testing.assert_close(held[key], wanted, rtol=2e-3, atol=2e-3)
+    _, cond = as_source(data, seed=0, device="cpu").draw(0, 5)
+    assert cond["added_cond_kwargs"]["text_embeds"].shape == (5, 6)
+    null = data.null_condition
+    assert torch.equal(null["encoder_hidden_states"], encoder.null()["encoder_hidden_states"])
+    assert null["added_cond_kwargs"]["time_ids"].tolist() == [8, 8, 0, 0, 8, 8]
+    sorted(folder.rglob("*.txt"))[0].unlink()
+    code, _, error = call("encode", *command)
+    assert code == 2 and "1 images have no caption, such as" in error
+
+
+def test_prompts_alone_are_conditions_of_samples(
+    call: Any, vae: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    from fastcm.adapters.text_encoders import load as load_text_encoder
+    from fastcm.cli.runs import read_condition
+
+    lines = [f"dog {letter}" for letter in "abcde"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(lines))
+    command = ["--prompts", file, "--text-encoder", pipeline, "--size", 8, "--rows", 2]
+    code, said, error = call("encode", *command, "--out", tmp_path / "x")
+    assert code == 0 and "all 5 prompts are in" in said, error
+    cond = read_condition(tmp_path / "x")
+    wanted = load_text_encoder(pipeline, size=(8, 8)).encode(lines)
+    found = cond["added_cond_kwargs"]["text_embeds"]
+    name = "added_cond_kwargs.text_embeds"
+    torch.testing.assert_close(found.float(), wanted[name].float(), rtol=2e-3, atol=2e-3)
+    for more, said in (
+        (["--vae", vae, "--out", tmp_path / "y"], "--images and --vae go together"),
+        (["--out", tmp_path / "x", "--batch", 3], "holds latents of another setting"),
+    ):
+        code, _, error = call("encode", *command, *more)
+        assert code == 2 and said in error
+    alone = call("encode", "--out", tmp_path / "y", "--text-encoder", pipeline)
+    assert alone[0] == 2 and "give one" in alone[2]
+    assert call("encode", "--out", tmp_path / "y")[0] == 2
+    with pytest.raises(ValueError, match="not one of prompts that `fastcm encode` made"):
+        read_condition(tmp_path)
