@@ -68,7 +68,7 @@ def evaluate(
         raise ValueError(f"--n must be >= 0, got {n}")
     device = torch.device(local_device())
     space = features_of(features, weights, reference, write_reference, batch, device)
-    if (run / runs.RUN_FILE).exists() or not (run.is_dir() and holds_images(run)):
+    if runs.holds_run(run) or not (run.is_dir() and holds_images(run)):
         _run(run, steps, ode, ema, n, seed, space, device)
     elif space is None or space.source is None:
         raise ValueError(f"{run} is a folder of images, which needs --features and --reference")

@@ -37,9 +37,9 @@ def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> b
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, not a directory for a run")
     data = json.dumps(settings, indent=1).encode()
-    if not _is_used(directory):
+    if not holds_run(directory):
         with RunLock(directory):
-            if not _is_used(directory):  # nobody was faster
+            if not holds_run(directory):  # nobody was faster
                 checkpoint.replace_file(directory / RUN_FILE, data)
                 return False
     if not resume:
@@ -58,7 +58,8 @@ def open_run(directory: Path, settings: Mapping[str, Any], *, resume: bool) -> b
     return bool(checkpoint.list_checkpoints(directory))
 
 
-def _is_used(directory: Path) -> bool:
+def holds_run(directory: Path) -> bool:
+    """Whether a directory has the settings or a checkpoint of a run."""
     return (directory / RUN_FILE).exists() or bool(checkpoint.list_checkpoints(directory))
 
 

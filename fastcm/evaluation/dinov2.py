@@ -26,7 +26,7 @@ _HINT = (
 )
 _ATTENTION = r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)"
 _RENAMED = (
-    (r"embeddings\.(cls_token|mask_token)", r"\1"),
+    (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
     (r"embeddings\.position_embeddings", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),

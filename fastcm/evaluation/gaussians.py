@@ -92,7 +92,7 @@ def frechet_estimate(features: Tensor, reference: Gaussian, *, seed: int = 0) ->
     distance is computed without each, and its spread gives the standard error, of which the
     interval takes 2.093, the quantile of Student's t. The reference is taken as known. A bootstrap
     would not do: samples that are drawn twice move the distance up. Nor does the interval speak
-    of infinitely many samples, whose distance is lower by about 1 / N (Chong and Forsyth 2020).
+    of infinitely many samples, whose distance is lower by a term of 1 / N (Chong, Forsyth 2020).
 
     Args:
         features: ``[N, D]``; with N < 40 there is no interval.

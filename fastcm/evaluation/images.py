@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,7 +74,7 @@ def image_features(net: FeatureNetwork, images: Images, *, batch_size: int = 64)
 
 @torch.no_grad()
 def _computed(net: FeatureNetwork, x: Tensor) -> Tensor:
-    # a convolution in TF32 would move FID in its third digit
+    # torch lets convolutions round to TF32's ten bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if isinstance(net, torch.nn.Module):
             with eval_mode(net):
@@ -121,18 +122,22 @@ def _files(folder: Path, size: int) -> Iterator[Tensor]:
     if not files:
         raise ValueError(f"no image in {folder}: features need at least one")
     shape = None
-    for start in range(0, len(files), size):
-        images = []
-        for file in files[start : start + size]:
-            try:
-                image = read_image(file, None, 3)
-            except Exception as error:  # decoders raise many kinds on damaged files
-                raise ValueError(f"{file} is not a readable image: {error}") from error
-            shape = shape or image.shape
-            if image.shape != shape:
-                raise ValueError(
-                    f"images differ in size: {files[0]} is {shape[2]} x {shape[1]} and {file} is "
-                    f"{image.shape[2]} x {image.shape[1]}; bring them to one size"
-                )
-            images.append(image)
-        yield torch.stack(images)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), size):
+            some = files[start : start + size]
+            images = list(pool.map(_image, some))
+            shape = shape or images[0].shape
+            for file, image in zip(some, images):
+                if image.shape != shape:
+                    raise ValueError(
+                        f"images differ in size: {files[0]} is {shape[2]} x {shape[1]} and {file} "
+                        f"is {image.shape[2]} x {image.shape[1]}; bring them to one size"
+                    )
+            yield torch.stack(images)
+
+
+def _image(file: Path) -> Tensor:
+    try:
+        return read_image(file, None, 3)
+    except Exception as error:  # decoders raise many kinds on damaged files
+        raise ValueError(f"{file} is not a readable image: {error}") from error

@@ -39,8 +39,8 @@ def precision_recall(
                 f"precision and recall with {neighbours} neighbours need more {name} than that "
                 f"and at least one neighbour, got {len(rows)} {name}"
             )
-    x, y = samples.double(), reference.double()
-    x, y = x - y.mean(0), y - y.mean(0)  # nothing is lost between large numbers
+    mean = reference.double().mean(0)  # a large one would cost the distances digits
+    x, y = samples.double() - mean, reference.double() - mean
     return (
         wilson(_inside(x, y, _radii(y, neighbours)), len(x)),
         wilson(_inside(y, x, _radii(x, neighbours)), len(y)),

@@ -109,8 +109,8 @@ def compare(features: Tensor, reference: Reference, *, neighbours: int = 3) -> C
     """The distances of samples' features to a reference, with intervals of 95 %.
 
     Args:
-        features: ``[N, D]`` of `image_features`. The Frechet distance falls with N: compare
-            figures of the same N only.
+        features: ``[N, D]`` of `image_features`. The Frechet distance is larger of fewer:
+            compare figures of the same N only.
         reference: of the same features.
         neighbours: k of precision and recall.
 

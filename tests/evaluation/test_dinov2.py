@@ -104,6 +104,7 @@ def test_other_weights_are_named(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Tensor], str]] = [
         ({"conv1.weight": torch.zeros(2)}, "has no 'cls_token': give dinov2_vitl14"),
         ({**weights, "register_tokens": torch.zeros(1, 4, 64)}, "is a DINOv2 with registers"),
+        ({**weights, "embeddings.register_tokens": torch.zeros(1, 4, 64)}, "with registers"),
         ({**weights, "head.weight": torch.zeros(2)}, "has besides 'head.weight': give"),
         (lacking, "lacks 'blocks.1.attn.qkv.bias': give"),
         (no_mlp, "lacks 'blocks.1.mlp.fc1.bias'"),

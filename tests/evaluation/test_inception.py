@@ -82,6 +82,15 @@ def test_it_is_torch_fidelitys_network(file: Path, weights: dict[str, Tensor]) -
         assert torch.equal(Inception(file)(x), net(x)[0])
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same_features(file: Path) -> None:
+    x = torch.cat([picture(40, 52), 255 - picture(40, 52)])
+    net = Inception(file)
+    expected = image_features(net, x)
+    found = image_features(net.cuda(), x)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
 def test_pixels_are_resized_from_their_corners() -> None:
     """Of four pixels to six: at 0, 2/3, 4/3, 2, 8/3 and 10/3, beyond the last one that."""
     line = torch.tensor([0.0, 3.0, 6.0, 30.0])

@@ -28,6 +28,7 @@ class Means(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype == torch.uint8 and x.shape[1] == 3
+        assert not self.training and not torch.backends.cudnn.allow_tf32
         self.seen.append(x)
         channels = x.double().mean((2, 3))
         return self.dropout(torch.cat([channels, channels.mean(1, keepdim=True)], 1))
@@ -48,6 +49,7 @@ def test_images_come_from_tensors_batches_files_and_folders_alike(tmp_path: Path
     x, net = images(7), Means()
     expected = image_features(net, x)
     assert expected.shape == (7, 4) and expected.dtype == torch.float32 and net.training
+    assert torch.backends.cudnn.allow_tf32  # as before
     assert torch.equal(expected[:, :3], x.double().mean((2, 3)).float())
     np.save(tmp_path / "x.npy", x.numpy())
     np.savez(tmp_path / "adm.npz", arr_0=x.permute(0, 2, 3, 1).numpy(), arr_1=np.arange(7))
