@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from test_cli import TINY, fastcm_
 from tiny_features import dinov2_weights
@@ -15,6 +17,7 @@ from tiny_features import dinov2_weights
 import fastcm
 from fastcm.evaluation import DINOv2, Reference, compare, image_features
 
+evaluate = importlib.import_module("fastcm.cli.evaluate")
 FIGURE = r"(\S+) \((\S+) to (\S+)\)"
 
 
@@ -35,6 +38,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "dinov2.safetensors"
     save_file(dinov2_weights(), path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which no cell of a table is cut."""
+    monkeypatch.setattr(evaluate, "console", Console(width=300))
 
 
 @pytest.mark.filterwarnings("ignore:48 samples")
@@ -124,10 +133,8 @@ def test_features_are_of_images(weights: Path, tmp_path: Path) -> None:
 def test_many_samples_are_drawn_a_batch_at_a_time(
     run: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastcm.cli import evaluate as module
-
     sampler = fastcm.Sampler.from_run(run, steps=1, batch_size=16)
-    monkeypatch.setattr(module, "IN_MEMORY", 20)
-    x, features = module._drawn(sampler, 40, 3, None)
+    monkeypatch.setattr(evaluate, "IN_MEMORY", 20)
+    x, features = evaluate._drawn(sampler, 40, 3, None)
     torch.testing.assert_close(x, sampler(40, seed=3)[:20])
     assert features is None
