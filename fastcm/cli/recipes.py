@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,6 @@ from torch.optim import Optimizer
 
 from fastcm import data, networks, schedules
 from fastcm.cli.tables import (
-    CURRICULA,
     DISTILLATIONS,
     GRIDS,
     LCM,
@@ -25,6 +25,7 @@ from fastcm.cli.tables import (
     TIMES,
     TWO_TIMES,
     WEIGHTS,
+    discretization,
 )
 from fastcm.data import Dataset, Shards
 from fastcm.ema import EMA
@@ -84,6 +85,7 @@ class Recipe:
     guidance_range: str | None = None
     solver: str | None = None
     skip: int | None = None
+    shift: float | None = None
     width: int | None = None
     lr: float | None = None
     warmup: int = 50
@@ -122,6 +124,8 @@ class Recipe:
             if getattr(self, name) is not None and self.method not in methods:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} has no meaning for --method {self.method}")
+        if self.shift is not None and (self.grid is not None or self.times is not None):
+            raise ValueError("--shift says where the times lie: leave out --grid and --times")
         if self.method == "lcm" and not self.conditional:
             raise ValueError("--method lcm needs --conditional: it distils guidance")
         for name in ("condition_dropout", "guidance"):
@@ -189,6 +193,12 @@ class Recipe:
         options: dict[str, Any] = {"parameterization": p}
         if self.times is not None:
             options["times"] = TIMES[self.times]
+        if self.shift is not None:
+            schedules.ShiftedGrid(self.shift)  # raises
+            if self.method == "flow":
+                options["times"] = schedules.LogitNormal(mean=math.log(self.shift))
+            else:
+                options["grid"] = schedules.ShiftedGrid(self.shift)
         if self.metric == "lpips":
             options["metric"] = networks.LPIPS(cast(str, self.lpips_weights).split(","))
         elif self.metric is not None:
@@ -232,7 +242,7 @@ class Recipe:
         if self.method == "ect":
             return EasyConsistency(double_every=max(self.steps // 8, 1), **options)
         if self.intervals is not None:
-            options["discretization"] = self._discretization(self.intervals)
+            options["discretization"] = discretization(self.intervals, self.steps)
         if self.method == "ct":
             return ConsistencyTraining(**options)
         for name in ("solver", "skip"):
@@ -274,16 +284,6 @@ class Recipe:
     def steps_per_phase(self) -> int:
         """Of stepwise training; the last phase takes what is left."""
         return max(self.steps // max(self.phases, 1), 1)
-
-    def _discretization(self, value: str) -> int | schedules.Curriculum:
-        if value in CURRICULA:
-            return CURRICULA[value](self.steps)
-        try:
-            return int(value)
-        except ValueError:
-            raise ValueError(
-                f"--intervals must be a number or one of {', '.join(CURRICULA)}, got {value!r}"
-            ) from None
 
     def trainer(self, directory: Path, **options: Any) -> Trainer:
         """The trainer of this recipe; CD starts from the teacher's weights, others from --init."""

@@ -92,6 +92,14 @@ def sampling_method(directory: Path) -> Method:
     return hub.sampling_method(state["config"]["objective"]["type"])
 
 
+def shift_of(directory: Path) -> float | None:
+    """The shift of the times that a run of ``fastcm train`` was given; None for none."""
+    if not (directory / RUN_FILE).is_file():
+        return None
+    shift = read_run(directory).get("shift")
+    return None if shift is None else float(shift)
+
+
 def of_run(directory: Path) -> Recipe:
     """The recipe that a run directory was made with.
 

@@ -13,10 +13,11 @@ from torch import nn
 
 from fastcm.adapters.autoencoders import load as load_autoencoder
 from fastcm.cli.filled import share
-from fastcm.cli.runs import condition, labels, read_condition, sampling_method
+from fastcm.cli.runs import condition, labels, read_condition, sampling_method, shift_of
 from fastcm.cli.sample_folder import Decoder, check_range, sample_folder
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Churn, Sampler
+from fastcm.schedules import ShiftedGrid
 from fastcm.training.parallel import joined, launched, local_device
 from fastcm.training.sharded import mesh_of
 
@@ -57,6 +58,9 @@ def sample(
     compile: Annotated[
         bool, typer.Option("--compile", help="compile the network: for many samples")
     ] = False,
+    shift: Annotated[
+        float | None, typer.Option(help="of the times towards noise; that of the run if absent")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="of a folder: png (images' default) or npz (others')")
     ] = None,
@@ -111,6 +115,9 @@ def sample(
         "precision": precision,
         "compile": compile,
     }
+    shift = shift_of(run) if shift is None else shift
+    if shift is not None:
+        settings["grid"] = ShiftedGrid(shift)
     rows = None if cond is None else read_condition(cond)
     filling: dict[str, Any] = {
         "guidance": guidance,

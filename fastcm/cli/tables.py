@@ -74,6 +74,7 @@ METHODS_WITH: dict[str, tuple[str, ...]] = {
     "weight": ("flow", "stepwise", "ct", "ict", "ect", "sct", "cd", "lcm", "scd"),
     "segments": ("cfm",),
     "grid": ("stepwise", "ct", "ict", "cd", "lcm"),
+    "shift": ("flow", "stepwise", "ct", "cd", "lcm"),
     "intervals": ("stepwise", "ct", "cd", "lcm"),
     "target_ema": ("ct", "shortcut", "cfm", "cd", "lcm"),
     "init": (
@@ -86,3 +87,15 @@ METHODS_WITH: dict[str, tuple[str, ...]] = {
     "skip": ("cd", "lcm"),
 }
 """The options that not every method has."""
+
+
+def discretization(value: str, steps: int) -> int | schedules.Curriculum:
+    """What --intervals says for a training of so many steps."""
+    if value in CURRICULA:
+        return CURRICULA[value](steps)
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(
+            f"--intervals must be a number or one of {', '.join(CURRICULA)}, got {value!r}"
+        ) from None

@@ -109,6 +109,9 @@ def train(
         str | None, _option("solver", "of the teacher: euler, heun or ddim [euler]")
     ] = None,
     skip: Annotated[int | None, _option("skip", "intervals in one step of the teacher [1]")] = None,
+    shift: Annotated[
+        float | None, _option("shift", "of times towards noise, as of large images: SD3 has 3")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate [0.001]")] = None,
     warmup: Annotated[int, typer.Option(help="steps of linear warm-up")] = 50,
     lr_floor: Annotated[float, typer.Option(help="share of lr at the end of the cosine")] = 0.1,

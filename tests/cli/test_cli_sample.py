@@ -249,3 +249,24 @@ def test_a_condition_that_cannot_be_read_is_named(
         given = ["--cond", tmp_path / options[0], *options[1:]]
         code, _, error = here(monkeypatch, capsys, command(run, tmp_path / "x.npy", *given))
         assert code == 2 and words in " ".join(error.split()), (options, error)
+
+
+def test_the_shift_of_a_run_is_that_of_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastcm.schedules import ShiftedGrid, sampling_times
+
+    small = ["--width", "16", "--steps", "3", "--batch", "16", "--compile", "off"]
+    for method in ("ct", "flow"):
+        out = tmp_path / method
+        form = ["train", "--method", method, "--shift", "3", *small, "--out", str(out)]
+        assert here(monkeypatch, capsys, form)[0] == 0
+    times = sampling_times(ShiftedGrid(3.0), 2, fastcm.Linear())
+    plain = sampling_times(ShiftedGrid(1.0), 2, fastcm.Linear())
+    for name, more, wanted in (("a", [], times), ("b", ["--shift", "1"], plain)):
+        folder = tmp_path / name
+        assert here(monkeypatch, capsys, [*command(tmp_path / "ct", folder), *more])[0] == 0
+        assert json.loads((folder / "samples.json").read_text())["times"] == wanted
+    form = ["train", "--method", "ct", "--shift", "3", "--grid", "karras", "--out", "x"]
+    code, _, error = here(monkeypatch, capsys, form)
+    assert code == 2 and "--shift says where the times lie" in error

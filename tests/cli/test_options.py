@@ -41,6 +41,7 @@ CHANGES: dict[str, list[Any]] = {
     "guidance_range": ["2,9"],
     "solver": ["heun", "ddim"],
     "skip": [2],
+    "shift": [3.0],
     "width": [16],
     "lr": [7e-3],
     "warmup": [2],
