@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Saved:
         path: of the folder.
         scheduler: name of its scheduler.
         call: arguments of the pipeline, or of the scheduler's `set_timesteps`: num_inference_steps,
-            sigmas or timesteps.
+            sigmas or timesteps; of the pipeline alone guidance_rescale, where the sampler has it.
         noise_scale: factor of standard normals to be given as `latents`; a pipeline that draws them
             itself takes 1.
     """
@@ -101,7 +102,11 @@ def save(
     diffusers = library()
     plan = plan_of(sampler, timesteps=_timesteps(network, sampler), name=scheduler)
     made = _scheduler(diffusers, plan)
-    _check_call(diffusers, str(index.get("_class_name")), plan)
+    name = str(index.get("_class_name"))
+    _check_call(diffusers, name, plan)
+    if sampler.guidance_rescale:
+        _check_rescales(diffusers, name)
+        plan = plan._replace(call={**plan.call, "guidance_rescale": sampler.guidance_rescale})
     partial = out.with_name(f".{out.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     others = shutil.ignore_patterns(component, "scheduler", INDEX, NOTE)
@@ -180,11 +185,24 @@ def _timesteps(network: DiffusersNetwork, sampler: Sampler) -> int:
     return round(told)
 
 
+def _arguments(diffusers: Any, name: str) -> Mapping[str, Any] | None:
+    """Of a pipeline's call, None where they are not seen."""
+    call = getattr(getattr(diffusers, name, None), "__call__", None)  # noqa: B004
+    return inspect.signature(call).parameters if inspect.isfunction(call) else None
+
+
+def _check_rescales(diffusers: Any, name: str) -> None:
+    """Raise ValueError unless the pipeline rescales what it has guided."""
+    if "guidance_rescale" not in (_arguments(diffusers, name) or {}):
+        raise ValueError(
+            f"{name} takes no guidance_rescale: leave it out of the Sampler, and of its samples"
+        )
+
+
 def _check_call(diffusers: Any, name: str, plan: Plan) -> None:
     """Raise ValueError if the pipeline has no argument for the times, as far as that is seen."""
-    call = getattr(getattr(diffusers, name, None), "__call__", None)  # noqa: B004
-    takes = inspect.signature(call).parameters if inspect.isfunction(call) else plan.call
-    missing = [argument for argument in plan.call if argument not in takes]
+    takes = _arguments(diffusers, name)
+    missing = [argument for argument in plan.call if takes is not None and argument not in takes]
     if missing:
         raise ValueError(
             f"{name} takes no {missing[0]}, only a number of steps, for which {plan.name} has "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastcm.cli.sample import fill
+from fastcm.cli.sample import check_embedded, fill
 from fastcm.data.loading import PAIRS
 from fastcm.runs.checkpoint import CHECKPOINTS
 from fastcm.sampling import Sampler
@@ -27,6 +27,10 @@ def pairs(
     ema: Annotated[int, typer.Option(help="which weight average; -1: the raw weights")] = 0,
     label: Annotated[int | None, typer.Option(help="class; all in turn if absent")] = None,
     guidance: Annotated[float | None, typer.Option(help="weight of guidance")] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option(help="share of the unguided deviation that is restored, 0 to 1"),
+    ] = None,
     batch: Annotated[int, typer.Option(help="pairs in a shard, and computed at once")] = 512,
 ) -> None:
     """Solve a teacher's ODE from noise: pairs to train `--method pairs` or `--method flow` on.
@@ -38,15 +42,19 @@ def pairs(
     """
     if (out / CHECKPOINTS).exists():
         raise ValueError(f"--out {out} is the directory of a run, choose another")
+    if guidance_rescale is not None and guidance is None:
+        raise ValueError("--guidance-rescale needs --guidance, the weight of it")
     sampler = Sampler.from_run(
         teacher,
         steps=steps,
         method="ode",
         solver=solver,
+        guidance_rescale=guidance_rescale,
         ema=ema,
         device=local_device(),
         batch_size=batch,
     )
+    check_embedded(sampler, None, guidance_rescale)
     fill(
         teacher,
         out,

@@ -131,13 +131,17 @@ def datasets(run: Path) -> tuple[Dataset, Dataset]:
     return train_data, held_out
 
 
-def condition(sampler: Sampler, labels: Any, guidance: float | None, n: int) -> dict[str, Any]:
-    """The arguments cond and guidance of a sampler, for n labels and a weight of guidance.
+def condition(
+    sampler: Sampler, labels: Any, guidance: float | list[float] | None, n: int
+) -> dict[str, Any]:
+    """The arguments cond and guidance of a sampler, for n labels and a weight, or one per time.
 
-    A network that takes the weight as an input has it in its condition, 1 unless given.
+    A network that takes the weight as an input has it in its condition, 1 unless given; it takes
+    one number.
     """
     if not getattr(sampler.net, "description", {}).get("guided"):
         return {"cond": labels, "guidance": guidance}
+    assert not isinstance(guidance, list)
     return {"cond": append_weight(labels, 1.0 if guidance is None else guidance, n)}
 
 

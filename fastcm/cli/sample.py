@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,13 @@ def sample(
     guide: Annotated[
         Path | None,
         typer.Option(help="run of a worse network: guidance away from it (autoguidance)"),
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="LOW,HIGH of the times that are guided; all if absent")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option(help="share of the unguided deviation that is restored, 0 to 1"),
     ] = None,
     batch: Annotated[
         int, typer.Option(help="samples computed at once; for a folder only whole batches")
@@ -102,13 +110,19 @@ def sample(
         raise ValueError(f"--solver has a meaning only with --method ode, not {method}")
     if method != "ode" and churn is not None:
         raise ValueError(f"--churn has a meaning only with --method ode, not {method}")
-    if guide is not None and guidance is None:
-        raise ValueError("--guide needs --guidance, the weight of it")
+    for name, given in (
+        ("guide", guide),
+        ("guidance-interval", guidance_interval),
+        ("guidance-rescale", guidance_rescale),
+    ):
+        if given is not None and guidance is None:
+            raise ValueError(f"--{name} needs --guidance, the weight of it")
     settings: dict[str, Any] = {
         "steps": steps,
         "method": method,
         "solver": solver,
         "churn": None if churn is None else churn_of(churn),
+        "guidance_rescale": guidance_rescale,
         "ema": ema,
         "device": local_device(),
         "batch_size": batch,
@@ -119,33 +133,37 @@ def sample(
     if shift is not None:
         settings["grid"] = ShiftedGrid(shift)
     rows = None if cond is None else read_condition(cond)
-    filling: dict[str, Any] = {
-        "guidance": guidance,
-        "format": format,
-        "first": first,
-        "label": label,
-    }
+    filling: dict[str, Any] = {"format": format, "first": first, "label": label}
     decoder = decoder_of(run, vae, tile)
     if decoder is None and latents_of_run(run) is not None:
         if out.suffix == ".png":
             raise ValueError(f"samples of {run} are latents: --vae decodes them into pictures")
         filling["format"] = format or "npz"
     filling |= {"decoder": decoder, "ema": ema, "precision": precision, "cond": rows, "seed": seed}
+
+    def weights(sampler: Sampler) -> float | list[float] | None:
+        _check_guidance(guidance, guide, rows, sampler)
+        check_embedded(sampler, guidance_interval, guidance_rescale)
+        if guidance is None or guidance_interval is None:
+            return guidance
+        low, high = interval_of(guidance_interval)
+        return [guidance if low <= t <= high else 1.0 for t in sampler.times]
+
     if parallel is not None:
         with joined("fsdp") as processes:
             settings["mesh"] = mesh_of("fsdp", processes.count, torch.device(settings["device"]))
             sampler = Sampler.from_run(run, **settings)
-            _check_guidance(guidance, guide, rows, sampler)
+            filling["guidance"] = weights(sampler)
             fill(run, out, n, sampler, together=processes, **filling)
         return
     if guide is not None:
         settings["guide"] = guide_of(guide, run, ema)
     sampler = Sampler.from_run(run, **settings)
-    _check_guidance(guidance, guide, rows, sampler)
+    filling["guidance"] = weight = weights(sampler)
     if not out.suffix:
         fill(run, out, n, sampler, **filling)
         return
-    options = condition(sampler, labels(sampler, n, label, first=first, cond=rows), guidance, n)
+    options = condition(sampler, labels(sampler, n, label, first=first, cond=rows), weight, n)
     if decoder is not None and sampler.shape is not None:
         decoder.shape(sampler.shape)
     x = sampler(n, first_sample=first, seed=seed, **options)
@@ -200,6 +218,28 @@ def churn_of(text: str) -> Churn:
     if len(numbers) not in (1, 3, 4):
         raise ValueError(f"--churn must be S_CHURN[,S_MIN,S_MAX[,S_NOISE]], got {text!r}")
     return Churn(*numbers)
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """The value of --guidance-interval: LOW,HIGH."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = math.inf, -math.inf
+    if not low <= high:
+        raise ValueError(f"--guidance-interval must be LOW,HIGH, got {text!r}")
+    return low, high
+
+
+def check_embedded(sampler: Sampler, interval: object, rescale: object) -> None:
+    """Raise ValueError for what a network that takes the weight as an input cannot have."""
+    if not getattr(sampler.net, "description", {}).get("guided"):
+        return
+    for name, given in (("interval", interval), ("rescale", rescale)):
+        if given is not None:
+            raise ValueError(
+                f"--guidance-{name} has no meaning for a network that takes the weight as an input"
+            )
 
 
 def guide_of(guide: Path, run: Path, ema: int) -> nn.Module:

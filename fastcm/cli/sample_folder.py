@@ -97,7 +97,7 @@ def sample_folder(
     seed: int = 0,
     label: int | None = None,
     cond: Any = None,
-    guidance: float | None = None,
+    guidance: float | list[float] | None = None,
     format: str | None = None,
     source: Mapping[str, Any] | None = None,
     decoder: Decoder | None = None,
@@ -118,7 +118,7 @@ def sample_folder(
         seed: of the noise.
         label: the class of all samples, instead of all classes in turn.
         cond: rows of the condition that the samples have in turn, instead of labels.
-        guidance: weight of guidance, or None.
+        guidance: weight of guidance, or one per time, or None.
         format: "png" (the default of images ``[1 | 3 | 4, H, W]``) or "npz": ``arr_0`` of images
             uint8 ``[b, H, W, C]``, of other samples float32 ``[b, ...]``; with labels ``arr_1``,
             int64 ``[b]``. "pairs": samples float32 ``x``, with ``labels``, whose noise follows
@@ -158,6 +158,8 @@ def sample_folder(
         settings["decoder"] = decoder.record
     if sampler.churn is not None:
         settings["churn"] = str(sampler.churn)
+    if sampler.guidance_rescale is not None:
+        settings["guidance_rescale"] = sampler.guidance_rescale
     if sampler.guide is not None:
         settings["guide"] = digest(sampler.guide.state_dict())
     together = together or Processes()

@@ -12,11 +12,11 @@ from fastcm import ops, rng
 from fastcm.ema import EMA, Average
 from fastcm.losses import Metric, PseudoHuber, Weight, inverse_gap
 from fastcm.networks.conditions import Null, append_weight, joined, unconditional
+from fastcm.networks.guidance import check_rescale, guided
 from fastcm.networks.protocol import Network, check_output
 from fastcm.objectives.base import Batch, Loss, learned, target_output
 from fastcm.objectives.consistency_training import check_consistency
 from fastcm.ops import Denoised, Noised
-from fastcm.ops.reference import lift
 from fastcm.parameterization import Moment, Parameterization, Rescaled
 from fastcm.paths import VarianceExploding
 from fastcm.schedules import (
@@ -69,15 +69,14 @@ class ConsistencyDistillation:
             A step is guided by the time that it starts at.
         guidance_rescale: share in [0, 1] in which the guided output gets back the standard
             deviation of the conditional one, over each sample; None: 0. The output is what the
-            teacher predicts, as in diffusers, whose ``guidance_rescale`` it is.
+            teacher predicts; see `fastcm.networks.guidance.guided`.
         embedded_guidance: the teacher takes w as an input, as Flux does, and is evaluated once, no
             null_condition needed; teacher and student read it from a `cond` that `append_weight`
             packs.
 
     Source: seed eq. 12-13; Song et al. 2023, algorithm 2; guidance, skipping and DDIM: Luo et al.
     2023 (LCM), section 4; interval: Kynkäänniemi et al. 2024; an embedding teacher: Meng et al.
-    2022, "On distillation of guided diffusion models", whose student it is; rescaling: Lin et al.
-    2023, "Common diffusion noise schedules and sample steps are flawed", eq. 15-16.
+    2022, "On distillation of guided diffusion models", whose student it is.
     """
 
     teacher: nn.Module = field(repr=False)
@@ -137,8 +136,7 @@ class ConsistencyDistillation:
             )
         elif not self.embedded_guidance and self.null_condition is None:
             raise ValueError("guidance needs null_condition, got None")
-        if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
-            raise ValueError(f"guidance_rescale must be in [0, 1], got {self.guidance_rescale}")
+        check_rescale(self.guidance_rescale)
         for name, value in (
             ("guidance", self.guidance),
             ("guidance_interval", self.guidance_interval),
@@ -232,7 +230,7 @@ class ConsistencyDistillation:
         F, F_uncond = self._evaluated(batch, drawn.t.c_noise, input_t)
         by = w
         if self.guidance_rescale and F_uncond is not None and w is not None:
-            F, F_uncond, by = self._guided(F, F_uncond, w), None, None
+            F, F_uncond, by = guided(F, F_uncond, w, self.guidance_rescale), None, None
         x_s, input_s = ops.euler_step(
             x_t, F, factor, v_uncond=F_uncond, guidance=by, scale=scale, **to_input
         )
@@ -240,21 +238,12 @@ class ConsistencyDistillation:
             return x_s, input_s
         F, F_uncond = self._evaluated(batch, drawn.s.c_noise, input_s)
         if F_uncond is not None and w is not None:
-            F = self._guided(F, F_uncond, w)
+            F = guided(F, F_uncond, w, self.guidance_rescale)
         # x_t - dt (v_t + v_s) / 2 = (x_t + x_s - dt v_s) / 2 with Euler's x_s
         a, b, half, minus_one = drawn.second
         y = ops.boundary(x_s, F, a, b)
         x_s, input_s = ops.euler_step(x_t, y, minus_one, scale=half, **to_input)
         return x_s, input_s
-
-    def _guided(self, F: Tensor, F_uncond: Tensor, w: Tensor) -> Tensor:
-        """F_u + w (F - F_u), rescaled."""
-        guided = ops.boundary(F, F_uncond, w, 1.0 - w)
-        if not self.guidance_rescale:
-            return guided
-        wanted, found = (f.to(guided.dtype).flatten(1).std(1, correction=0) for f in (F, guided))
-        factor = 1.0 + self.guidance_rescale * (wanted / found - 1.0)
-        return lift(factor, guided) * guided
 
     def _evaluated(self, batch: Batch, c_noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The teacher's output, and under guidance that without condition."""

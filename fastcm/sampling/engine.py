@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class Engine:
         churn: Churn | None,
         null_condition: Null,
         guide: nn.Module | None,
+        guidance_rescale: float | None,
         device: torch.device,
         precision: Precision,
         compile: bool,
@@ -59,6 +61,7 @@ class Engine:
         self._steps = ode_steps(p, times, solver, churn) if method == "ode" else []
         self._method, self._solver = method, solver
         self._null = each(lambda v: v.to(device) if isinstance(v, Tensor) else v, null_condition)
+        self._rescale = guidance_rescale
         self._device, self._on_cpu = device, device.type == "cpu"
         self._lock = graphs.device_lock(device)
         self.eager: Network = _precise(net, device, precision)
@@ -173,7 +176,7 @@ class Engine:
         weights: Sequence[Weight] | None,
     ) -> Tensor:
         """Samples from noise z, by `net` and `guide` in place of the networks."""
-        guide = None if weights is None else guide
+        guide, rescale = (None, None) if weights is None else (guide, self._rescale)
         evaluate = Evaluator(
             net,
             z,
@@ -182,6 +185,7 @@ class Engine:
             null_condition=self._null,
             guide=guide,
             input_dtype=self._input_dtype,
+            rescale=rescale,
         )
         if self._method == "flow-map":
             return loops.flow_map(evaluate, z, self._levels)
@@ -248,6 +252,24 @@ def batches(n: int, largest: int, *, few_shapes: bool) -> Iterator[tuple[int, in
                 count = size = 1 << (count.bit_length() - 1)
         yield at, at + count, size
         at += count
+
+
+def full_shape(n: int | Sequence[int], shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of n samples, or the whole one that was given."""
+    if not isinstance(n, int) and isinstance(n, SupportsIndex):
+        n = operator.index(n)
+    if not isinstance(n, int):
+        if not isinstance(n, Sequence):
+            raise TypeError(f"n must be an int or a shape (n, ...), got {n!r}")
+        whole = tuple(n)
+        if len(whole) < 2 or min(whole) < 0:
+            raise ValueError(f"shape must be [n, ...] of rank >= 2, got {whole}")
+        return whole
+    if n < 0:
+        raise ValueError(f"n must be >= 0, got {n}")
+    if shape is None:
+        raise ValueError("give Sampler(shape=...) or call it with the whole shape (n, ...)")
+    return (n, *shape)
 
 
 def host_key(seed: int, first_sample: int) -> Tensor:

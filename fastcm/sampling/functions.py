@@ -49,6 +49,7 @@ def multistep(
     guidance: Guidance | None = None,
     null_condition: Null = None,
     guide: Network | None = None,
+    guidance_rescale: float | None = None,
     first_sample: int = 0,
     start: Tensor | None = None,
     constraint: Constraint | None = None,
@@ -67,6 +68,8 @@ def multistep(
         cond, null_condition, guide: see `fastcm.sampling.guidance.Evaluator`.
         guidance: a weight, of all samples or ``[B]`` of each; a sequence of one per time, or
             ``[times, B]``; or a function of t that returns one.
+        guidance_rescale: share in [0, 1] of the guided output's standard deviation that is the
+            conditional one's again; see `fastcm.networks.guidance.guided`.
         first_sample: global index of row 0.
         start: data ``[B, ...]`` that is edited: the first state is alpha start + sigma z; default
             pure noise.
@@ -84,7 +87,7 @@ def multistep(
     """
     p = as_parameterization(path)
     check_descending(p.path, times, fresh_noise=True)
-    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
+    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide, guidance_rescale)
     if start is not None and (not isinstance(start, Tensor) or start.shape != z.shape):
         shown = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
         raise ValueError(f"start must have the shape of z, {list(z.shape)}, got {shown}")
@@ -110,6 +113,7 @@ def one_step(
     guidance: Guidance | None = None,
     null_condition: Null = None,
     guide: Network | None = None,
+    guidance_rescale: float | None = None,
 ) -> Tensor:
     """x0 = f(sigma(t_max) z, t_max): one network evaluation. See `multistep`."""
     p = as_parameterization(path)
@@ -123,6 +127,7 @@ def one_step(
         guidance=guidance,
         null_condition=null_condition,
         guide=guide,
+        guidance_rescale=guidance_rescale,
     )
 
 
@@ -137,6 +142,7 @@ def ode(
     guidance: Guidance | None = None,
     null_condition: Null = None,
     guide: Network | None = None,
+    guidance_rescale: float | None = None,
     churn: Churn | None = None,
     key: NoiseKey | None = None,
     first_sample: int = 0,
@@ -144,9 +150,9 @@ def ode(
     """Integrate the probability-flow ODE from times[0] down to data.
 
     Args:
-        net, path, z, cond, guidance, null_condition, guide: see `multistep`. The evaluation at the
-            end of a step (heun, rk4) takes the weight of the time it is at, one in the middle
-            (midpoint, rk4) that of the step's beginning.
+        net, path, z, cond, guidance, null_condition, guide, guidance_rescale: see `multistep`. The
+            evaluation at the end of a step (heun, rk4) takes the weight of the time it is at, one
+            in the middle (midpoint, rk4) that of the step's beginning.
         times: descending, in (t_min, t_max]; data is appended as the end, sigma = 0 also on
             `VarianceExploding`. No solver evaluates there.
         solver: "euler", "ddim" or "dpmpp_2m": one evaluation a step; "heun" or "midpoint": two;
@@ -175,7 +181,7 @@ def ode(
         raise ValueError("churn needs key, the NoiseKey of its noise, got None")
     steps = ode_steps(p, times, solver, churn)
     start = levels(p, times[:1])[0]
-    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
+    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide, guidance_rescale)
     if z.shape[0] == 0:
         return torch.empty_like(z)
     return loops.ode(evaluate, z, key, steps, start, SOLVERS[solver], first_sample=first_sample)
@@ -191,6 +197,7 @@ def flow_map(
     guidance: Guidance | None = None,
     null_condition: Null = None,
     guide: Network | None = None,
+    guidance_rescale: float | None = None,
 ) -> Tensor:
     """Walk down with a network of two times: x_s = x_t - (t - s) u(x_t, t, s).
 
@@ -198,7 +205,7 @@ def flow_map(
         net: ``net(x, t, cond, s=s) -> u``.
         path: `Linear`, with prediction "v".
         times: descending, in (0, 1]; 0 is appended as the end. One evaluation each.
-        z, cond, guidance, null_condition, guide: see `multistep`.
+        z, cond, guidance, null_condition, guide, guidance_rescale: see `multistep`.
 
     Returns:
         Samples ``[B, ...]``; for B = 0 an empty tensor, without a call.
@@ -211,7 +218,7 @@ def flow_map(
     p = as_parameterization(path)
     check_velocity(p)
     check_descending(p.path, times, fresh_noise=False)
-    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide)
+    evaluate = _evaluator(net, z, times, cond, guidance, null_condition, guide, guidance_rescale)
     if z.shape[0] == 0:
         return torch.empty_like(z)
     return loops.flow_map(evaluate, z, levels(p, times))
@@ -225,10 +232,12 @@ def _evaluator(
     guidance: Guidance | None,
     null_condition: Null,
     guide: Network | None,
+    rescale: float | None,
 ) -> Evaluator:
     check_rows(cond, len(z))
     weights = None if guidance is None else guidance_weights(guidance, times, z)
-    return Evaluator(net, z, cond=cond, weights=weights, null_condition=null_condition, guide=guide)
+    others: dict[str, Any] = {"guide": guide, "rescale": rescale}
+    return Evaluator(net, z, cond=cond, weights=weights, null_condition=null_condition, **others)
 
 
 def as_parameterization(path: Path | Parameterization) -> Parameterization:

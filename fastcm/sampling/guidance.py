@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastcm import ops
 from fastcm.networks.conditions import Null, check_rows, joined, unconditional
+from fastcm.networks.guidance import check_rescale, guided
 from fastcm.networks.protocol import Network, check_output
 from fastcm.ops.dispatch import is_traced
 from fastcm.ops.reference import compute_dtype, lift
@@ -87,12 +88,14 @@ class Guided(NamedTuple):
 
     def combined(self) -> Tensor:
         """F_u + w (F - F_u)."""
+        return self.F if self.F_uncond is None else self.rescaled(0.0).F
+
+    def rescaled(self, share: float) -> Guided:
+        """With the halves combined, and a share of the deviation that of F; see `guided`."""
         if self.F_uncond is None:
-            return self.F
-        w = self.weight
-        if isinstance(w, Tensor):
-            return ops.boundary(self.F, self.F_uncond, w, 1.0 - w)
-        return ops.boundary(self.F, self.F_uncond, rows(self.F, w), rows(self.F, 1.0 - w))
+            return self
+        F = guided(self.F, self.F_uncond, self.weights(self.F), share)
+        return Guided(F, rows=self.rows)
 
 
 def guidance_weights(guidance: Guidance, times: Sequence[float], z: Tensor) -> tuple[Weight, ...]:
@@ -149,11 +152,13 @@ class Evaluator:
         guide: ``guide(x, t, cond) -> F``, a worse network of the same parameterization, whose
             output under the same condition stands in for the unconditional one.
         input_dtype: half precision in which the networks take x; None: that of the arithmetic.
+        rescale: share in [0, 1] in which the guided output gets back the standard deviation of the
+            conditional one, over each sample; None: 0. See `fastcm.networks.guidance.guided`.
 
     Raises:
         TypeError: `cond` holds something that is no tensor.
         ValueError: `cond` has not B rows; weights without guide, cond or null_condition; a guide
-            without weights.
+            or rescale without weights; rescale out of its range.
 
     Source: Ho & Salimans 2022; Karras et al. 2024, "Guiding a diffusion model with a bad version of
     itself", D_guide + w (D - D_guide).
@@ -169,13 +174,16 @@ class Evaluator:
         null_condition: Null = None,
         guide: Network | None = None,
         input_dtype: torch.dtype | None = None,
+        rescale: float | None = None,
     ) -> None:
         check_rows(cond, len(z))
+        check_rescale(rescale)
         self._net, self._guide, self._cond = net, guide, cond
         self._both: Any = None
-        self._weights, self._dtype = weights, input_dtype
-        if guide is not None and weights is None:
-            raise ValueError("guide needs guidance, the weight of it, got None")
+        self._weights, self._dtype, self._rescale = weights, input_dtype, rescale
+        for name, given in (("guide", guide), ("guidance_rescale", rescale)):
+            if given is not None and weights is None:
+                raise ValueError(f"{name} needs guidance, the weight of it, got None")
         if weights is not None and guide is None:
             self._both = _both(cond, null_condition)
         held = len(z) <= SMALL and not torch.compiler.is_compiling() and z.is_cpu
@@ -218,7 +226,8 @@ class Evaluator:
             # the network may have written to its t
             t = torch.full_like(t, at.c_noise)
             F_other = check_output("guide", self._guide(inputs, t, self._cond, **second), inputs)
-        return Guided(F, F_other, weight, self.rows)
+        out = Guided(F, F_other, weight, self.rows)
+        return out.rescaled(self._rescale) if self._rescale else out
 
 
 def predict(

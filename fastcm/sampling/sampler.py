@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path as FilePath
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcm.networks.conditions import Null, check_rows, each, rows_of
+from fastcm.networks.guidance import check_rescale
 from fastcm.networks.protocol import check_signature
 from fastcm.parameterization import Parameterization, check_velocity
 from fastcm.paths import Path
@@ -19,7 +19,16 @@ from fastcm.precision import Precision, check_not_double, check_precision
 from fastcm.progress import Progress
 from fastcm.rng import check_key
 from fastcm.runs.description import parameterization_from
-from fastcm.sampling.engine import Engine, Graph, Method, batches, host_key, of_samples, padded
+from fastcm.sampling.engine import (
+    Engine,
+    Graph,
+    Method,
+    batches,
+    full_shape,
+    host_key,
+    of_samples,
+    padded,
+)
 from fastcm.sampling.functions import (
     SOLVERS,
     SolverName,
@@ -58,6 +67,8 @@ class Sampler:
         guide: under guidance, the network that stands in for the unconditional one (autoguidance):
             of the same path and prediction, with the same `cond`; see
             `fastcm.sampling.guidance.Evaluator`.
+        guidance_rescale: share in [0, 1] in which a guided output gets back the standard deviation
+            of the conditional one, over each sample; see `fastcm.networks.guidance.guided`.
         batch_size: samples that are computed at once, at most.
         precision: "fp32", or "bf16": the network sees bfloat16, under autocast; the arithmetic
             around it stays float32. One with weights in half precision sees that in any case.
@@ -72,7 +83,7 @@ class Sampler:
     Raises:
         TypeError: path is none, steps or batch_size is no int, a network is not callable as above.
         ValueError: steps < 1, times not descending or outside the path, an unknown method, solver,
-            precision or graph, graph="on" without a GPU.
+            precision or graph, guidance_rescale not in [0, 1], graph="on" without a GPU.
     """
 
     def __init__(
@@ -89,6 +100,7 @@ class Sampler:
         shape: Sequence[int] | None = None,
         null_condition: Null = None,
         guide: nn.Module | None = None,
+        guidance_rescale: float | None = None,
         batch_size: int = 512,
         precision: Precision = "fp32",
         compile: bool = False,
@@ -110,6 +122,7 @@ class Sampler:
                 if given is not None:
                     raise ValueError(f"{name} has a meaning only with method='ode', got {method!r}")
         check_precision(precision)
+        check_rescale(guidance_rescale)
         for name, number in (("steps", steps), ("batch_size", batch_size)):
             if number is not None and not isinstance(number, SupportsIndex):
                 raise TypeError(f"{name} must be an int, got {number!r}")
@@ -139,6 +152,7 @@ class Sampler:
         self.churn = churn
         self.shape = None if shape is None else tuple(shape)
         self.null_condition = null_condition
+        self.guidance_rescale = guidance_rescale
         self.batch_size = batch_size
         self.engine = Engine(
             self.net,
@@ -149,6 +163,7 @@ class Sampler:
             churn=churn,
             null_condition=null_condition,
             guide=self.guide,
+            guidance_rescale=guidance_rescale,
             device=self.device,
             precision=precision,
             compile=compile,
@@ -312,26 +327,10 @@ class Sampler:
         self, n: int | Sequence[int], seed: int, first_sample: int, cond: Any
     ) -> tuple[int, ...]:
         """The shape of n samples, if they can be asked for."""
-        shape = self._full_shape(n)
+        shape = full_shape(n, self.shape)
         check_key(seed, first_sample=first_sample)
         if first_sample + shape[0] > 2**32:
             raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
         check_rows(cond, shape[0])
         check_labels(cond, self.net)
         return shape
-
-    def _full_shape(self, n: int | Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(n, int) and isinstance(n, SupportsIndex):
-            n = operator.index(n)
-        if not isinstance(n, int):
-            if not isinstance(n, Sequence):
-                raise TypeError(f"n must be an int or a shape (n, ...), got {n!r}")
-            shape = tuple(n)
-            if len(shape) < 2 or min(shape) < 0:
-                raise ValueError(f"shape must be [n, ...] of rank >= 2, got {shape}")
-            return shape
-        if n < 0:
-            raise ValueError(f"n must be >= 0, got {n}")
-        if self.shape is None:
-            raise ValueError("give Sampler(shape=...) or call it with the whole shape (n, ...)")
-        return (n, *self.shape)

@@ -113,27 +113,38 @@ TEXT_PIPELINES: dict[str, dict[str, Any]] = {  # what each is called with beside
 }
 
 
-@pytest.mark.parametrize("name", TEXT_PIPELINES)
-def test_a_text_pipeline_samples_what_we_do(name: str, tmp_path: Path, our_noise):
-    """From embedded prompts to latents: no encoder and no decoder is needed for that."""
-    pytest.importorskip("transformers")
+SHIFTED = ("sd3", "flux", "flux-plain", "sana")
+"""Of flows, but for Wan, whose pipeline takes no sigmas."""
+
+
+def text_pipeline(name: str, folder: Path, **settings: Any) -> tuple[Any, Any, Any]:
+    """A teacher, its network saved with these settings, as a pipeline without encoders; and how."""
     tiny = MODELS[name]
-    teacher = tiny.write(tmp_path / "teacher")
+    teacher = tiny.write(folder / "teacher")
     index = json.loads((teacher / "model_index.json").read_text())
     parts = inspect.signature(getattr(diffusers, tiny.pipeline).__init__).parameters.values()
     absent = {p.name: [None, None] for p in parts if p.default is p.empty and p.name != "self"}
     (teacher / "model_index.json").write_text(json.dumps(absent | index))
     loaded = load(teacher)
-    p = loaded.parameterization
-    settings: dict[str, Any] = {"path": p, "steps": 4}
-    if isinstance(p.path, fastcm.Linear) and name != "wan":  # which takes no sigmas
-        settings["grid"] = ShiftedGrid(3.0)
-    saved = save(loaded.network, tmp_path / "student", like=teacher, **settings)
+    settings["path"] = loaded.parameterization
+    saved = save(loaded.network, folder / "student", like=teacher, **settings)
     nothing = {part: None for part in absent if part not in index}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", **nothing)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "student", **nothing)
     assert type(pipeline).__name__ == tiny.pipeline
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae_scale_factor = 8
+    return loaded, pipeline, saved
 
+
+@pytest.mark.parametrize("name", TEXT_PIPELINES)
+def test_a_text_pipeline_samples_what_we_do(name: str, tmp_path: Path, our_noise):
+    """From embedded prompts to latents: no encoder and no decoder is needed for that."""
+    pytest.importorskip("transformers")
+    tiny = MODELS[name]
+    settings: dict[str, Any] = {"steps": 4}
+    if name in SHIFTED:
+        settings["grid"] = ShiftedGrid(3.0)
+    loaded, pipeline, saved = text_pipeline(name, tmp_path, **settings)
     cond = tiny.cond(B)
     z = saved.noise_scale * noise((B, *tiny.shape))
     call = dict(TEXT_PIPELINES[name])
@@ -149,15 +160,47 @@ def test_a_text_pipeline_samples_what_we_do(name: str, tmp_path: Path, our_noise
             call[theirs] = cond[ours]
     if name == "sdxl":  # which makes time_ids of the size
         call["pooled_prompt_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
-    pipeline.vae_scale_factor = 8
     our_noise(pipeline.scheduler, lambda shape, j: packed(noise((B, *tiny.shape), j)))
     got = pipeline(
         height=64, width=64, latents=packed(z), output_type="latent", **call, **saved.call
     )[0]
-    sampler = fastcm.Sampler(loaded.network, shape=tiny.shape, **settings)
+    p = loaded.parameterization
+    assert (name in SHIFTED) == (isinstance(p.path, fastcm.Linear) and name != "wan")
+    sampler = fastcm.Sampler(loaded.network, p, shape=tiny.shape, **settings)
     wanted = packed(sampler(B, seed=SEED, cond=cond))
     close(got / wanted.std(), wanted / wanted.std())
     assert call["prompt_embeds"].shape == (B, L, E)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_pipeline_is_told_to_rescale_its_guidance(name: str, tmp_path: Path, our_noise):
+    """Teachers are called with a weight; so far as their pipeline rescales, it does so as we do."""
+    pytest.importorskip("transformers")
+    loaded, pipeline, saved = text_pipeline(name, tmp_path, steps=4, guidance_rescale=0.7)
+    tiny = MODELS[name]
+    assert saved.call == {"num_inference_steps": 4, "guidance_rescale": 0.7}
+    note = json.loads((tmp_path / "student" / "fastcm.json").read_text())
+    assert note["call"] == saved.call
+    cond = tiny.cond(B)
+    call = {"prompt_embeds": cond["encoder_hidden_states"]}
+    if name == "sdxl":
+        call["pooled_prompt_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
+    call |= {f"negative_{key}": torch.zeros_like(value) for key, value in call.items()}
+    our_noise(pipeline.scheduler, lambda shape, j: noise((B, *tiny.shape), j))
+    got = pipeline(
+        height=64, width=64, latents=saved.noise_scale * noise((B, *tiny.shape)),
+        guidance_scale=7.5, output_type="latent", **call, **saved.call,
+    )[0]  # fmt: skip
+    settings = {"path": loaded.parameterization, "shape": tiny.shape, "steps": 4}
+    options = {"null_condition": tiny.null}
+    rescaled, plain = (
+        fastcm.Sampler(loaded.network, **settings, **options, guidance_rescale=share)
+        for share in (0.7, None)
+    )
+    wanted = rescaled(B, seed=SEED, cond=cond, guidance=7.5)
+    scale = wanted.std()
+    close(got / scale, wanted / scale)
+    assert (plain(B, seed=SEED, cond=cond, guidance=7.5) - wanted).abs().max() > 1e-2 * scale
 
 
 def test_an_embedding_student_is_saved_with_its_own_config(tmp_path: Path):
@@ -259,5 +302,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     index = json.loads((like / "model_index.json").read_text())
     (like / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}))
     refused(ValueError, "DiTPipeline takes no sigmas", loaded.network, path=p, times=[1.0, 0.3])
+    (like / "model_index.json").write_text(json.dumps(index))
+    rescales = {"path": p, "guidance_rescale": 0.7}
+    refused(ValueError, f"{tiny.pipeline} takes no guidance_rescale", loaded.network, **rescales)
     saved = save(sampler, out, like=like)
     assert saved.path == out and load(out).parameterization == p

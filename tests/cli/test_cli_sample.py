@@ -20,7 +20,9 @@ from test_sample_folder import CLASSES, files, network
 
 import fastcm
 from fastcm import cli
+from fastcm.cli.sample import check_embedded
 from fastcm.cli.sample_folder import SETTINGS
+from fastcm.networks import MLP
 from fastcm.sampling import Sampler
 
 
@@ -168,13 +170,16 @@ def test_a_folder_is_of_one_precision(
     assert code == 2 and "precision: 'bf16' -> 'fp32'" in error
 
 
-def test_a_folder_is_of_one_guide_and_one_churn(
+def test_a_folder_is_of_one_guidance_and_one_churn(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guided = ("--n", 8, "--guidance", 2)
+    away = (*guided, "--guide", run)
     churned = ("--n", 8, "--method", "ode", "--churn")
     for name, first, other in (
-        ("guide", (*guided, "--guide", run), guided),
+        ("guide", away, guided),
+        ("guidance", (*away, "--guidance-interval", "0.2,0.5"), away),
+        ("guidance_rescale", (*away, "--guidance-rescale", 0.7), away),
         ("churn", (*churned, 2), (*churned, 3)),
     ):
         out = tmp_path / name
@@ -182,6 +187,52 @@ def test_a_folder_is_of_one_guide_and_one_churn(
         assert name in json.loads((out / SETTINGS).read_text())
         code, _, error = here(monkeypatch, capsys, command(run, out, *other))
         assert code == 2 and name in error
+
+
+def test_guidance_has_an_interval_and_is_rescaled(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, away = tmp_path / "x.npy", ("--n", 4, "--guide", run, "--guidance", 3)
+    more = ("--guidance-interval", "0.2,0.5", "--guidance-rescale", 0.7, "--method", "ode")
+    assert here(monkeypatch, capsys, command(run, out, *away, *more))[0] == 0
+    guide = Sampler.from_run(run).net
+    options: dict[str, Any] = {"steps": 2, "method": "ode", "guide": guide}
+    sampler = Sampler.from_run(run, guidance_rescale=0.7, **options)
+    wanted = sampler(4, cond=torch.arange(4) % CLASSES, guidance=[1.0, 3.0])
+    np.testing.assert_allclose(np.load(out), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["interval", "rescale"])
+def test_guidance_that_has_no_meaning_is_refused(
+    name: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    option = (f"--guidance-{name}", "0.5")
+
+    def error(*arguments: object) -> str:
+        code, _, said = here(monkeypatch, capsys, [str(word) for word in arguments])
+        assert code == 2
+        return said
+
+    sample = ("sample", run, "--out", tmp_path / "x")
+    assert f"--guidance-{name} needs --guidance" in error(*sample, *option)
+    embedding = Sampler(MLP((2,), width=8, num_classes=3, guided=True), fastcm.Linear())
+    given = {"interval": None, "rescale": None, name: 0.5}
+    with pytest.raises(ValueError, match=f"--guidance-{name} has no meaning for a network"):
+        check_embedded(embedding, *given.values())
+    if name == "interval":
+        guided = (*sample, "--guidance", 2, "--guide", run, "--guidance-interval")
+        for wrong in ("0.5", "0.7,0.2", "a,b"):
+            assert "--guidance-interval must be LOW,HIGH" in error(*guided, wrong)
+    else:
+        pairs = ("pairs", "--teacher", run, "--out", tmp_path / "y")
+        assert "--guidance-rescale needs --guidance" in error(*pairs, *option)
+        guided = (*sample, "--guidance", 2, "--guide", run, "--guidance-rescale", 2)
+        assert "guidance_rescale must be in [0, 1], got 2" in error(*guided)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
 
 
 def test_a_guide_of_other_samples_is_refused(

@@ -70,6 +70,8 @@ EULER, HEUN, DDIM, SECOND = (
         (unet, Linear(), {"steps": 2}, lambda t: 1.0 + t),
         (unet, VarianceExploding(), {"steps": 2, **SECOND}, 1.5),
         (mlp, VarianceExploding(), {"steps": 2, "precision": "bf16"}, 1.5),
+        (mlp, Linear(), {"steps": 2, "guidance_rescale": 0.7}, 3.0),
+        (mlp, VarianceExploding(), {"steps": 2, "guidance_rescale": 0.7, **HEUN}, 3.0),
     ],
     ids=lambda v: getattr(v, "__name__", str(v)),
 )

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from recorded_graphs import RecordedGraph
 from torch import Tensor, nn
 
 from fastcm import sampling
 from fastcm.networks import GaussianMixture
+from fastcm.networks.guidance import guided
 from fastcm.parameterization import Parameterization
 from fastcm.paths import Linear, VarianceExploding
 from fastcm.rng import NoiseKey
@@ -78,6 +80,75 @@ def test_a_weight_may_change_from_time_to_time(method):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+def deviation(x: Tensor) -> Tensor:
+    return x.flatten(1).std(1, keepdim=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("method", [*METHODS, "flow-map", "one-step"])
+def test_a_rescaled_output_has_the_deviation_of_the_conditional_one(method: str, share: float):
+    """Of each sample, before any arithmetic of a sampler: one network that does so by itself."""
+    z, cond = torch.randn(5, 6), torch.randn(5)
+
+    def net(x: Tensor, t: Tensor, c: Tensor, s: Tensor | None = None) -> Tensor:
+        return (1.0 + 0.5 * c[:, None]) * x.sin() + 0.1 * t[:, None]
+
+    def rescaled(x: Tensor, t: Tensor, c: Tensor, s: Tensor | None = None) -> Tensor:
+        F, F_u = net(x, t, c), net(x, t, torch.full_like(c, -1.0))
+        G = F_u + 3.0 * (F - F_u)
+        return (1.0 - share) * G + share * G * deviation(F) / deviation(G)
+
+    def samples(network, **guidance) -> Tensor:
+        if method == "flow-map":
+            return sampling.flow_map(network, Linear(), z, times=TIMES, cond=cond, **guidance)
+        if method == "one-step":
+            return sampling.one_step(network, Linear(), z, cond=cond, **guidance)
+        return run(network, method, z, cond=cond, **guidance)
+
+    options = {"guidance": 3.0, "null_condition": -1, "guidance_rescale": share}
+    torch.testing.assert_close(samples(net, **options), samples(rescaled), rtol=1e-4, atol=1e-4)
+    assert (share == 0.0) == torch.equal(
+        samples(net, **options), samples(net, guidance=3.0, null_condition=-1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_rescaled_output_is_that_of_diffusers(dtype: torch.dtype):
+    pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion")
+    F, F_u = torch.randn(4, 3, 5, 5).to(dtype), 2.0 + torch.randn(4, 3, 5, 5).to(dtype)
+    w = torch.linspace(0.0, 7.5, 4)
+    got = guided(F, F_u, w, 0.7)
+    F, F_u = F.to(got.dtype), F_u.to(got.dtype)
+    plain = F_u + w[:, None, None, None] * (F - F_u)
+    wanted = pipelines.pipeline_stable_diffusion.rescale_noise_cfg(plain, F, 0.7)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_constant_output_has_no_deviation_to_rescale():
+    F, w = torch.tensor([[1.5], [-2.0]]), torch.tensor([2.0, 3.0])
+    assert torch.equal(guided(F, torch.zeros(2, 1), w, 1.0), torch.tensor([[3.0], [-6.0]]))
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_a_rescaling_sampler_replays_what_it_launches(
+    steps: int, recorded_graphs: type[RecordedGraph]
+):
+    options = {"shape": (6,), "steps": steps, "null_condition": -1, "batch_size": 4}
+    net, cond = Labelled(), torch.randn(7)
+    plain = Sampler(net, Linear(), **options)
+    options["guidance_rescale"] = 0.6
+    launched, replayed = (Sampler(net, Linear(), graph=g, **options) for g in ("off", "on"))
+    call = {"cond": cond, "guidance": 2.5}
+    for seed in range(14):
+        x = launched(7, seed=seed, **call)
+        assert torch.equal(x, replayed(7, seed=seed, **call))
+        assert not torch.equal(x, plain(7, seed=seed, **call))
+    assert recorded_graphs.replays >= 3
+    # without guidance there is nothing to rescale
+    assert torch.equal(launched(7, cond=cond), plain(7, cond=cond))
+
+
 def test_where_the_weight_is_one_the_conditional_rows_go_alone():
     net, z, cond = Labelled(), torch.randn(4, 2), torch.randn(4)
     interval = run(net, "euler", z, cond=cond, guidance=[1.0, 3.0, 1.0], null_condition=0)
@@ -130,6 +201,11 @@ def test_a_network_takes_the_weight_through_cond():
     ("settings", "message"),
     [
         ({"guidance": 2.0}, "guidance needs cond"),
+        ({"guidance_rescale": 0.5}, "guidance_rescale needs guidance"),
+        (
+            {"guidance": 2.0, "guidance_rescale": 1.5},
+            r"guidance_rescale must be in \[0, 1\], got 1.5",
+        ),
         ({"guidance": 2.0, "cond": torch.zeros(4)}, "null_condition"),
         ({"cond": torch.zeros(3)}, "cond must have one row per sample, 4"),
         ({"cond": torch.tensor(1.0)}, "cond must have one row per sample, 4"),
@@ -150,6 +226,10 @@ def test_other_misuse_is_named():
     z = torch.randn(4, 2)
     with pytest.raises(TypeError, match=r"cond(\[0\])? must be a tensor"):
         run(Labelled(), "euler", z, cond=[0, 1, 2, 3])
+    with pytest.raises(TypeError, match="guidance_rescale must be a number in"):
+        Sampler(Labelled(), Linear(), guidance_rescale="0.7")
+    with pytest.raises(ValueError, match=r"guidance_rescale must be in \[0, 1\], got -0.1"):
+        Sampler(Labelled(), Linear(), guidance_rescale=-0.1)
     with pytest.raises(ValueError, match="append_weight needs cond or n"):
         sampling.append_weight(None, 2.0)
     with pytest.raises(ValueError, match=r"cond must be \[B\], \[B, C\] or a dict"):
