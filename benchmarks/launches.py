@@ -180,12 +180,16 @@ def euler_case(x: Tensor | State, v: torch.dtype, scaled: torch.dtype | None) ->
     return recorder.launches
 
 
-def sampler_case(x: torch.dtype, F: torch.dtype, guided: bool = False) -> list[Launch]:
+def sampler_case(
+    x: torch.dtype, F: torch.dtype, guided: bool = False, scaled: torch.dtype | None = None
+) -> list[Launch]:
     recorder = Recorder(affine.sampler_update_kernel)
     a, b, alpha, sigma, guidance = (per_sample(dtype=FP64 if guided else FP32) for _ in range(5))
     key = torch.empty(3, dtype=torch.int64, device="meta")
     out = samples(x, 3072)
     extra = {"F_uncond": samples(F, 3072), "guidance": guidance} if guided else {}
+    if scaled is not None:
+        extra |= {"scaled_out": samples(scaled, 3072), "out_scale": a}
     affine.launch_sampler_update(
         samples(x, 3072), samples(F, 3072), a, b, alpha, sigma, key, out,
         stream=16, **extra, kernel=recorder,
@@ -326,6 +330,7 @@ def cases() -> dict[str, list[Launch]]:
     rows["x fp32, F fp32, z"] = sampler_case(FP32, FP32)
     rows["x fp32, F bf16, z"] = sampler_case(FP32, BF16)
     rows["x fp32, F bf16, guided by fp64, z"] = sampler_case(FP32, BF16, guided=True)
+    rows["x fp32, F bf16, z -> fp32 bf16"] = sampler_case(FP32, BF16, scaled=BF16)
     huber, squared = consistency_loss.PSEUDO_HUBER, consistency_loss.SQUARED_L2
     for D in (3072, 16384, 65536):
         x = state(FP32, D)

@@ -19,7 +19,7 @@ import fastcm
 from benchmarks.harness import Case, Report, measure, near_zero
 from fastcm import losses, ops, rng
 from fastcm.ops import Denoised, Noised, reference
-from fastcm.ops.functions import consistency_loss_and_gradient
+from fastcm.ops.loss import consistency_loss_and_gradient
 
 SHAPES = {
     "cifar": (512, 3, 32, 32),

@@ -43,11 +43,13 @@ WARM_STEPS = 35 if CUDA else 1
 """A Trainer captures its step and decides about the graph within some thirty steps."""
 ALLOWED = {
     "loss": 1e-4 if CUDA else 1e-5,
+    "later losses": 2e-3 if CUDA else 5e-4,
     "parameters": 2e-3 if CUDA else 5e-4,
     "average": 2e-3 if CUDA else 5e-4,
 }
 """Relative, beyond twice the error of the eager loop. Adam turns gradients that are rounding errors
-into steps of full length; on a GPU fastcm makes the noise to 4e-6 only, see the noise contract."""
+into steps of full length, so that all but the first loss are those of other parameters; on a GPU
+fastcm makes the noise to 4e-6 only, see the noise contract."""
 
 BEST = {
     "eager": Variant(compile=False, optimizer="fused", foreach_ema=True),
@@ -58,7 +60,8 @@ BEST = {
 def errors(outcome: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Relative distances: the largest of the losses, the norms of the others."""
     found = {k: ((outcome[k] - v).norm() / v.norm()).item() for k, v in exact.items()}
-    return found | {"loss": ((outcome["loss"] / exact["loss"] - 1).abs().max()).item()}
+    first, *later = (outcome["loss"] / exact["loss"] - 1).abs().tolist()
+    return found | {"loss": first, "later losses": max(later)}
 
 
 def free() -> None:

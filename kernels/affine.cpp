@@ -110,11 +110,12 @@ struct SamplerArguments {
   int64_t B, D, threads;
   Tensor x, F, a, b, alpha, sigma, key;
   Tensor F_uncond, guidance;  // both or none
+  Tensor input_scale;         // may be absent
   int64_t stream, first;
-  Tensor out;
+  Tensor out, input;  // and the second result, which may be absent
 };
 
-// out = alpha (a x + b (F_u + guidance (F - F_u))) + sigma z
+// out = alpha (a x + b (F_u + guidance (F - F_u))) + sigma z, input = input_scale out
 extern "C" int sampler_update(const SamplerArguments* p) {
   const int64_t B = p->B, D = p->D;
   FASTCM_CHECK(p->x.check(B * D));
@@ -125,11 +126,13 @@ extern "C" int sampler_update(const SamplerArguments* p) {
     FASTCM_CHECK(p->F_uncond.check(B * D));
     FASTCM_CHECK(p->guidance.check_rows(B));
   }
+  if (p->input_scale) FASTCM_CHECK(p->input_scale.check_rows(B));
   FASTCM_CHECK(p->out.check(B * D));
+  if (p->input) FASTCM_CHECK(p->input.check(B * D));
   const Noise noise(p->key, p->stream, p->first);
   for_pieces(B, D, p->threads, [&](int64_t sample, int64_t begin, int64_t n) {
     alignas(64) float z[PIECE], x_piece[PIECE], F_piece[PIECE], u_piece[PIECE], mixed[PIECE],
-        piece[PIECE];
+        piece[PIECE], second[PIECE];
     const int64_t at = sample * D + begin;
     noise.normals(sample, begin, n, z);
     const float* __restrict x = load(p->x, at, n, x_piece);
@@ -144,6 +147,12 @@ extern "C" int sampler_update(const SamplerArguments* p) {
     const float alpha = p->alpha.at(sample), sigma = p->sigma.at(sample);
     float* __restrict out = room(p->out, at, n, piece);
     for (int64_t i = 0; i < padded(n); ++i) out[i] = alpha * (a * x[i] + b * F[i]) + sigma * z[i];
+    if (p->input) {
+      const float c = p->input_scale ? p->input_scale.at(sample) : 1.0f;
+      float* __restrict input = room(p->input, at, n, second);
+      for (int64_t i = 0; i < padded(n); ++i) input[i] = c * out[i];
+      store(p->input, at, n, input);
+    }
     store(p->out, at, n, out);
   });
   return OK;

@@ -81,6 +81,14 @@ def guided(F, F_uncond_ptr, guidance_ptr, sample, offsets, mask):
     return tl.fma(coefficient(guidance_ptr, sample), F - F_uncond, F_uncond)
 
 
+@triton.jit
+def store_scaled(out_ptr, scale_ptr, offsets, value, sample, mask, RESCALED: tl.constexpr):
+    """The next input of a network: a state, or scale times it."""
+    if RESCALED:
+        value = coefficient(scale_ptr, sample) * value
+    store(out_ptr, offsets, value, mask)
+
+
 @triton.jit(do_not_specialize=["x_stream", "x_first_sample"])
 def euler_kernel(
     x_ptr,
@@ -122,9 +130,7 @@ def euler_kernel(
     x_s = tl.fma(-coefficient(dt_ptr, sample), v, x)
     store(out_ptr, row + cols, x_s, mask)
     if PAIR:
-        if RESCALED:
-            x_s = coefficient(out_scale_ptr, sample) * x_s
-        store(scaled_ptr, row + cols, x_s, mask)
+        store_scaled(scaled_ptr, out_scale_ptr, row + cols, x_s, sample, mask, RESCALED)
 
 
 @triton.jit(do_not_specialize=["noise_stream", "first_sample"])
@@ -137,12 +143,16 @@ def sampler_update_kernel(
     b_ptr,
     alpha_ptr,
     sigma_ptr,
+    out_scale_ptr,
     key_ptr,
     out_ptr,
+    scaled_ptr,
     noise_stream,
     first_sample,
     D,
     GUIDED: tl.constexpr,
+    PAIR: tl.constexpr,
+    RESCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     FAST: tl.constexpr,
@@ -154,8 +164,10 @@ def sampler_update_kernel(
     if GUIDED:
         F = guided(F, F_uncond_ptr, guidance_ptr, sample, row + cols, mask)
     z = normals(key_ptr, noise_stream, first_sample, sample, start, BLOCK, VECTOR, FAST)
-    f = affine(a_ptr, x, b_ptr, F, sample)
-    store(out_ptr, row + cols, affine(alpha_ptr, f, sigma_ptr, z, sample), mask)
+    x_s = affine(alpha_ptr, affine(a_ptr, x, b_ptr, F, sample), sigma_ptr, z, sample)
+    store(out_ptr, row + cols, x_s, mask)
+    if PAIR:
+        store_scaled(scaled_ptr, out_scale_ptr, row + cols, x_s, sample, mask, RESCALED)
 
 
 def launch_boundary(
@@ -291,20 +303,24 @@ def launch_sampler_update(
     first_sample: int = 0,
     F_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
+    scaled_out: Tensor | None = None,
+    out_scale: Tensor | None = None,
     config: LaunchConfig | None = None,
     kernel: Kernel = sampler_update_kernel,
 ) -> None:
     """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z into `out`; without F_u, F alone.
 
-    x, F, F_uncond and out ``[B, ...]`` of any float dtype, coefficients ``[B]``, key int64 ``[3]``.
+    x, F, F_uncond and the results ``[B, ...]`` of any float dtype, coefficients ``[B]``, key int64
+    ``[3]``; scaled_out and out_scale as in `launch_euler`.
     """
     assert (F_uncond is None) == (guidance is None), "F_uncond and guidance go together"
-    B, D = launch.extent(x, F, F_uncond, out)
-    launch.check_coefficients(B, (a, b, alpha, sigma, guidance))
+    assert scaled_out is not None or out_scale is None, "out_scale needs scaled_out"
+    B, D = launch.extent(x, F, F_uncond, out, scaled_out)
+    launch.check_coefficients(B, (a, b, alpha, sigma, guidance, out_scale))
     launch.check_key(key)
     if B == 0 or D == 0:
         return
-    config, fast = configure(config, launch.pointwise, D, x, F, F_uncond, out)
+    config, fast = configure(config, launch.pointwise, D, x, F, F_uncond, out, scaled_out)
     kernel[launch.grid(B, D, config)](
         x,
         F,
@@ -314,12 +330,16 @@ def launch_sampler_update(
         b,
         alpha,
         sigma,
+        x if out_scale is None else out_scale,
         key,
         out,
+        x if scaled_out is None else scaled_out,
         stream,
         first_sample,
         D,
         GUIDED=F_uncond is not None,
+        PAIR=scaled_out is not None,
+        RESCALED=out_scale is not None,
         BLOCK=config.BLOCK,
         VECTOR=config.VECTOR,
         FAST=fast,

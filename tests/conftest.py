@@ -27,7 +27,7 @@ from their_noise import our_noise as our_noise
 
 from fastcm.kernels import native
 from fastcm.objectives import base
-from fastcm.ops import dispatch, functions, normals, registered
+from fastcm.ops import dispatch, functions, loss, normals, registered
 from fastcm.ops.dispatch import Door
 from fastcm.optim import backends, one_sweep
 
@@ -125,7 +125,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         exact = any(t.dtype == torch.float64 for t in tensors if t is not None)
         return Door.REFERENCE if exact else Door.KERNEL
 
-    for module in (functions, normals, base):
+    for module in (functions, loss, normals, base):
         monkeypatch.setattr(module, "door", door)
     monkeypatch.setattr(registered, "wrap_triton", lambda kernel: kernel)
     with contextlib.ExitStack() as stack:

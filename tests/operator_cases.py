@@ -64,6 +64,10 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, Sample]]:
             F.sampler_update,
             (x, v, a, b, c, d, KEY.tensor, rng.SAMPLE, 0, u, a),
         ),
+        "sampler_update, with the network's input": (
+            F.sampler_update,
+            (x, v, a, b, c, d, KEY.tensor, rng.SAMPLE, 0, u, a, c, torch.bfloat16),
+        ),
         **{
             f"loss, metric {m}": (
                 F.consistency_loss,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from parallel_runs import DATA, LABELS, STEPS, Broken, differing, refused, reporting, trainer
@@ -28,10 +29,10 @@ from fastcm import (
 )
 from fastcm.losses import Learned
 from fastcm.networks import MLP, DiT, UNet
-from fastcm.optim.sharding import is_dtensor, local, whole
-from fastcm.runs import shards
+from fastcm.runs import pretrained, shards
 from fastcm.runs.checkpoint import list_checkpoints
 from fastcm.runs.lock import RunLock
+from fastcm.sharding.dtensors import is_dtensor, local, whole
 from fastcm.training.parallel import Disagreement, PeerError
 
 IMAGES = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -95,6 +96,21 @@ def tied(**options: Any) -> Trainer:
     return run(FlowMatching(), net, **options)
 
 
+def hollow(**options: Any) -> Trainer:
+    """Student and teacher on the meta device; positions are buffers that no file has."""
+    with torch.device("meta"):
+        net, teacher = (DiT(1, 4, width=18 * 4, depth=2, num_heads=2) for _ in range(2))
+    objective = ConsistencyDistillation(teacher)
+    fill = {"init": "reset", "teacher_init": scattered}
+    return run(objective, net, data=IMAGES, **fill, **options)
+
+
+def scattered(module: nn.Module) -> None:
+    """Values for a teacher that says something."""
+    for p in module.parameters(recurse=False):
+        nn.init.normal_(p, std=0.2)
+
+
 INVARIANT: dict[str, Callable[..., Trainer]] = {
     "flow": lambda **o: run(FlowMatching(), **o),
     "flow-accumulated": lambda **o: run(FlowMatching(), accumulate=2, **o),
@@ -118,11 +134,12 @@ INVARIANT: dict[str, Callable[..., Trainer]] = {
     "tied": tied,
     "dit": transformer,
     "unet": convolutional,
+    "hollow": hollow,
     "flow-bf16": lambda **o: run(FlowMatching(), precision="bf16", **o),
 }
 """Trainings that end as in one process that holds everything."""
 LONG = ("flow", "flow-accumulated", "ct", "cd")
-IN_FOUR = ("flow-accumulated", "cd")
+IN_FOUR = ("flow-accumulated", "cd", "hollow")
 MESHES = {2: {"mesh": (2,), "replicas": (2, 1)}, 4: {"replicas": (2, 2)}}
 
 
@@ -276,6 +293,62 @@ def what_is_frozen_is_left_out_of_the_parts(folder: Path) -> None:
     net.blocks[0].requires_grad_(False)
     read = fastcm.Sampler.from_run(folder, net=net, ema=-1).net.state_dict()
     assert all(torch.equal(value, wanted[f"model.{name}"]) for name, value in read.items())
+
+
+@case
+def shards_are_filled_out_of_files_by_what_each_process_holds(folder: Path) -> None:
+    wanted = mlp(5)
+    for p in wanted.parameters():
+        nn.init.normal_(p)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        safetensors.torch.save_file(wanted.state_dict(), folder / "model.safetensors")
+    dist.barrier()
+    read: list[int] = []
+    elements = pretrained.elements
+
+    def counted(opened: Any, name: str, start: int, stop: int) -> Tensor:
+        read.append(stop - start)
+        return elements(opened, name, start, stop)
+
+    pretrained.elements = counted
+    try:
+        made = run(net=on_meta(), parallel="fsdp", init=folder)
+    finally:
+        pretrained.elements = elements
+    held = [local(p).numel() for p in made.net.parameters()]
+    assert sorted(read) == sorted(held)
+    for name, value in made.net.state_dict().items():
+        assert torch.equal(whole(value), wanted.state_dict()[name])
+
+
+@case
+def shards_are_filled_out_of_runs(folder: Path) -> None:
+    run(parallel="fsdp", directory=folder / "shards").fit(2)
+    if dist.get_rank() == 0:
+        run(directory=folder / "plain").fit(2)
+    dist.barrier()
+    for kind in ("shards", "plain"):
+        average = fastcm.Sampler.from_run(folder / kind).net.state_dict()
+        filled = run(net=on_meta(), parallel="fsdp", init=folder / kind)
+        for name, value in filled.net.state_dict().items():
+            assert torch.equal(whole(value), average[name]), (kind, name)
+
+
+@case
+def frozen_parameters_of_hollow_networks_have_their_fingerprint(_: Path) -> None:
+    def left_out(net: nn.Module, **options: Any) -> Any:
+        net.blocks[0].requires_grad_(False)  # type: ignore[index,union-attr]
+        return run(net=net, parallel="fsdp", save_frozen=False, **options).state.left_out
+
+    torch.manual_seed(0)
+    assert left_out(on_meta(), init="reset") == left_out(mlp())
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return mlp()
 
 
 @case

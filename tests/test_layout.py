@@ -23,6 +23,7 @@ ORDER = (
     ("graphs", "precision", "progress"),
     ("objectives",),
     ("runs",),
+    ("sharding",),
     ("data", "optim"),
     ("planning",),
     ("sampling", "training"),

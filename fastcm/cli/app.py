@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +26,13 @@ from fastcm.cli.plan import plan
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
-from fastcm.training.parallel import Disagreement, PeerError, shown_elsewhere
+from fastcm.training.parallel import (
+    Disagreement,
+    PeerError,
+    launched,
+    meeting_place,
+    shown_elsewhere,
+)
 
 app = typer.Typer(
     help="Train, distil and sample few-step generative models.",
@@ -76,12 +84,28 @@ def info() -> None:
     console.print(table)
 
 
+def _said_by_first(error: BaseException) -> bool:
+    """Whether the first of torchrun's processes ends by the same error, and shows it."""
+    rank, count = launched()
+    if count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        store, text = meeting_place(), f"{type(error).__name__}: {error}"
+        if rank == 0:
+            store.set("error", text)
+            return False
+        store.wait(["error"], timedelta(seconds=3))
+        return bool(store.get("error").decode() == text)
+    except (RuntimeError, ValueError):  # no store, or nothing there in time
+        return False
+
+
 def main() -> None:
     """Run the command line; errors of the user end in one line and exit code 2."""
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, NonFiniteError, PeerError) as error:
-        if not shown_elsewhere(error, (Disagreement, NonFiniteError)):
+        if not shown_elsewhere(error, (Disagreement, NonFiniteError)) and not _said_by_first(error):
             print(f"fastcm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from torch import nn
 
@@ -14,7 +15,8 @@ from fastcm.cli.runs import condition, labels, read_condition, sampling_method
 from fastcm.cli.sample_folder import check_range, sample_folder, share
 from fastcm.runs.checkpoint import CHECKPOINTS, RUN_STATE, load_newest, replace_file
 from fastcm.sampling import Churn, Sampler
-from fastcm.training.parallel import launched, local_device
+from fastcm.training.parallel import joined, launched, local_device
+from fastcm.training.sharded import mesh_of
 
 
 def sample(
@@ -56,6 +58,10 @@ def sample(
     format: Annotated[
         str | None, typer.Option(help="of a folder: png (images' default) or npz (others')")
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="fsdp: each process of torchrun holds a part of the network only"),
+    ] = None,
 ) -> None:
     """Draw samples from a trained run.
 
@@ -72,6 +78,11 @@ def sample(
     if out.suffix and launched()[1] > 1:
         raise ValueError(f"processes of torchrun fill a folder together, and --out {out} is a file")
     check_range(n, first)
+    if parallel not in (None, "fsdp"):
+        raise ValueError(f"--parallel of samples is fsdp or left out, got {parallel!r}")
+    if parallel is not None and (out.suffix or guide is not None):
+        what = "a guide is held whole" if guide is not None else f"--out {out} is a file"
+        raise ValueError(f"--parallel fsdp fills a folder by the network of a run alone: {what}")
     if method is None:
         method = sampling_method(run)
     if method != "ode" and solver is not None:
@@ -80,30 +91,41 @@ def sample(
         raise ValueError(f"--churn has a meaning only with --method ode, not {method}")
     if guide is not None and guidance is None:
         raise ValueError("--guide needs --guidance, the weight of it")
-    sampler = Sampler.from_run(
-        run,
-        steps=steps,
-        method=method,
-        solver=solver,
-        churn=None if churn is None else churn_of(churn),
-        ema=ema,
-        device=local_device(),
-        batch_size=batch,
-        precision=precision,
-        compile=compile,
-        **({} if guide is None else {"guide": guide_of(guide, run, ema)}),
-    )
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "method": method,
+        "solver": solver,
+        "churn": None if churn is None else churn_of(churn),
+        "ema": ema,
+        "device": local_device(),
+        "batch_size": batch,
+        "precision": precision,
+        "compile": compile,
+    }
     rows = None if cond is None else read_condition(cond)
-    if guidance is not None and guide is None and rows is None and labels(sampler, 0) is None:
-        raise ValueError("--guidance needs a run that was trained with --conditional")
-    options: dict[str, Any] = {"seed": seed}
-    if not out.suffix:
-        options |= {"guidance": guidance, "format": format, "first": first, "label": label}
-        options["cond"] = rows
-        fill(run, out, n, sampler, ema=ema, precision=precision, **options)
+    filling: dict[str, Any] = {
+        "guidance": guidance,
+        "format": format,
+        "first": first,
+        "label": label,
+    }
+    filling |= {"ema": ema, "precision": precision, "cond": rows, "seed": seed}
+    if parallel is not None:
+        with joined("fsdp") as processes:
+            settings["mesh"] = mesh_of("fsdp", processes.count, torch.device(settings["device"]))
+            sampler = Sampler.from_run(run, **settings)
+            _check_guidance(guidance, guide, rows, sampler)
+            fill(run, out, n, sampler, together=processes, **filling)
         return
-    options |= condition(sampler, labels(sampler, n, label, first=first, cond=rows), guidance, n)
-    x = sampler(n, first_sample=first, **options).cpu()
+    if guide is not None:
+        settings["guide"] = guide_of(guide, run, ema)
+    sampler = Sampler.from_run(run, **settings)
+    _check_guidance(guidance, guide, rows, sampler)
+    if not out.suffix:
+        fill(run, out, n, sampler, **filling)
+        return
+    options = condition(sampler, labels(sampler, n, label, first=first, cond=rows), guidance, n)
+    x = sampler(n, first_sample=first, seed=seed, **options).cpu()
     if out.suffix == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, x.numpy())
@@ -113,6 +135,13 @@ def sample(
 
         save_grid(x, out)
     print(f"{n} samples of {list(x.shape[1:])} in {out}")
+
+
+def _check_guidance(
+    guidance: float | None, guide: Path | None, rows: Any, sampler: Sampler
+) -> None:
+    if guidance is not None and guide is None and rows is None and labels(sampler, 0) is None:
+        raise ValueError("--guidance needs a run that was trained with --conditional")
 
 
 def churn_of(text: str) -> Churn:

@@ -35,6 +35,7 @@ from fastcm.runs.description import differences
 from fastcm.runs.files import WRITING, create_file, read_state, replace_file
 from fastcm.sampling import Sampler
 from fastcm.training.interrupt import StopSignals
+from fastcm.training.parallel import Processes
 
 FORMATS = ("png", "npz", PAIRS)
 _END = 2**32  # of the indices
@@ -71,6 +72,7 @@ def sample_folder(
     guidance: float | None = None,
     format: str | None = None,
     source: Mapping[str, Any] | None = None,
+    together: Processes | None = None,
 ) -> Drawn:
     """Draw samples first .. first + n - 1 into a folder, except those that are there already.
 
@@ -93,6 +95,8 @@ def sample_folder(
             int64 ``[b]``. "pairs": samples float32 ``x``, with ``labels``, whose noise follows
             from the seed and their indices; see `fastcm.data.pairs`.
         source: what else defines the samples; JSON-able, recorded and compared.
+        together: processes that share the sampler's network and call this at once, each with a
+            range of its own: they compute as many batches, and stop after the same one.
 
     Raises:
         ValueError: an argument out of its range; the folder has samples of another setting.
@@ -123,38 +127,48 @@ def sample_folder(
         settings["churn"] = str(sampler.churn)
     if sampler.guide is not None:
         settings["guide"] = digest(sampler.guide.state_dict())
-    if n == 0:
+    together = together or Processes()
+    if n == 0 and not together.joined:
         return Drawn()
     out = _Folder(Path(folder), format, json.loads(json.dumps(settings)))
     out.check()
 
-    def draw(batch: range, parts: list[range]) -> None:
+    def computed(batch: range) -> tuple[Tensor, Any]:
         held = labels(sampler, len(batch), label, first=batch.start, cond=cond)
         options = condition(sampler, held, guidance, len(batch))
-        x = sampler(len(batch), seed=seed, first_sample=batch.start, **options).cpu()
+        return sampler(len(batch), seed=seed, first_sample=batch.start, **options).cpu(), held
+
+    def draw(batch: range, parts: list[range]) -> None:
+        x, held = computed(batch)
         x = pictures.to_uint8(x) if format != PAIRS and _is_image(x.shape[1:]) else x
         out.claim()  # not before: what the sampler refuses leaves no folder
         list(pool.map(lambda part: out.save(part, batch, x, held), parts))
 
     drawn = present = 0
+    interrupted: signal.Signals | None = None
     begin, size = time.perf_counter(), sampler.batch_size
+    starts = range(first - first % size, first + n, size)
     with (
         StopSignals() as stop,
         Progress("sampling", n) as bar,
         ThreadPoolExecutor(_WRITERS) as pool,
     ):
-        for start in range(first - first % size, first + n, size):
+        for k in range(max(together.exchange(len(starts)))):
+            start = starts.start + k * size
             wanted = range(max(start, first), min(start + size, first + n))
-            parts = out.missing(wanted)
+            parts = out.missing(wanted) if wanted else []
+            said = together.exchange((bool(parts), stop.received))
+            interrupted = next((number for _, number in said if number is not None), None)
+            if interrupted is not None:
+                break
             if parts:
                 draw(range(start, min(start + size, _END)), parts)
+            elif any(busy for busy, _ in said):
+                computed(range(1))  # of the network each has a part
             count = sum(map(len, parts))
             drawn, present = drawn + count, present + len(wanted) - count
             bar.advance(len(wanted))
-            if stop.received is not None:
-                break
     out.clear(range(first, first + n))
-    interrupted = stop.received if drawn + present < n else None
     return Drawn(drawn, present, time.perf_counter() - begin, interrupted)
 
 

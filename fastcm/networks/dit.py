@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from fastcm.networks.embedding import (
     Conditioning,
     LogVariance,
+    ZeroLinear,
     check_input,
     require_positive,
     sinusoid,
-    zero_init,
 )
 
 
@@ -32,8 +32,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
-        zero_init(self.modulation)
+        self.modulation = ZeroLinear(width, 6 * width)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)
@@ -127,13 +126,16 @@ class DiT(nn.Module):
         if log_variance:
             self.log_variance = LogVariance()
         self.input = nn.Linear(in_channels * patch**2, width)
+        self.width = width
         self.register_buffer("position", grid_embedding(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, in_channels * patch**2)
-        zero_init(self.modulation)
-        zero_init(self.output)
+        self.modulation = ZeroLinear(width, 2 * width)
+        self.output = ZeroLinear(width, in_channels * patch**2)
+
+    def reset_parameters(self) -> None:
+        """Compute the positions anew, which follow from the sizes."""
+        self.position = grid_embedding(*self.grid, self.width)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None

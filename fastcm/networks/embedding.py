@@ -72,12 +72,10 @@ class Conditioning(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
         self.gap: nn.Linear | None = None
         if two_times:
-            self.gap = nn.Linear(_SINUSOID_DIM, dim)
-            zero_init(self.gap)
+            self.gap = ZeroLinear(_SINUSOID_DIM, dim)
         self.weight: nn.Linear | None = None
         if guided:
-            self.weight = nn.Linear(_SINUSOID_DIM, dim)
-            zero_init(self.weight)
+            self.weight = ZeroLinear(_SINUSOID_DIM, dim)
         self.classes: nn.Embedding | None = None
         if num_classes is not None:
             require_positive(num_classes=num_classes)
@@ -133,8 +131,7 @@ class LogVariance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(_LEVELS, 1)
-        zero_init(self.fc)
+        self.fc = ZeroLinear(_LEVELS, 1)
 
     def forward(self, angle: Tensor) -> Tensor:
         """u, float32 ``[B]``, at the angle atan2(sigma, alpha) ``[B]``, in [0, pi / 2]."""
@@ -198,8 +195,18 @@ def require_positive(**values: int) -> None:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
-def zero_init(module: nn.Linear | nn.Conv2d) -> None:
-    """Set weight and bias to zero."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+class _Zero(nn.Module):
+    """A layer that starts at zero, wherever its values are drawn."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]  # what is drawn after it does not depend on it
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+
+class ZeroLinear(_Zero, nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class ZeroConv2d(_Zero, nn.Conv2d):
+    """A convolution that starts at zero."""

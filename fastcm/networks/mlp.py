@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastcm.networks.embedding import (
     Conditioning,
     LogVariance,
+    ZeroLinear,
     check_input,
     require_positive,
-    zero_init,
 )
 
 
@@ -83,8 +83,7 @@ class MLP(nn.Module):
         self.input = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, cond_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, size)
-        zero_init(self.output)
+        self.output = ZeroLinear(width, size)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None

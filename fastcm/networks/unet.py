@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastcm.networks.embedding import (
     Conditioning,
     LogVariance,
+    ZeroConv2d,
     check_input,
     require_positive,
-    zero_init,
 )
 
 
@@ -37,8 +37,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-        zero_init(self.proj)
+        self.proj = ZeroConv2d(channels, channels, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.num_heads, -1))
@@ -69,8 +68,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(cond_dim, 2 * out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        zero_init(self.conv2)
+        self.conv2 = ZeroConv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = Attention(out_channels, num_heads) if num_heads else nn.Identity()
@@ -202,8 +200,7 @@ class UNet(nn.Module):
                 stage.append(block(channels, channels, resample="up"))
             self.up.append(stage)
         self.norm = group_norm(channels)
-        self.output = nn.Conv2d(channels, in_channels, 3, padding=1)
-        zero_init(self.output)
+        self.output = ZeroConv2d(channels, in_channels, 3, padding=1)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None

@@ -17,7 +17,7 @@ from fastcm.networks.conditions import Null, replaced
 from fastcm.networks.protocol import Network
 from fastcm.ops import Denoised, Noised
 from fastcm.ops.dispatch import Door, door
-from fastcm.ops.functions import consistency_loss_and_gradient
+from fastcm.ops.loss import consistency_loss_and_gradient
 from fastcm.ops.normals import noising_versions
 from fastcm.ops.reference import lift
 from fastcm.parameterization import Moment, Parameterization

@@ -90,9 +90,7 @@ def _euler_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     out = reference.euler_step(
         closed(*state), v, dt, v_uncond=v_uncond, guidance=guidance, scale=scale
     )
-    if input_dtype is None:
-        return out, out.new_empty(0)
-    return out, reference.scaled(out, input_scale, input_dtype).clone()
+    return _with_input(out, input_scale, input_dtype)
 
 
 def _sampler_update(
@@ -107,8 +105,10 @@ def _sampler_update(
     first_sample: int,
     F_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
-) -> Tensor:
-    return reference.sampler_update(
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    out = reference.sampler_update(
         x,
         F,
         a,
@@ -121,6 +121,15 @@ def _sampler_update(
         F_uncond=F_uncond,
         guidance=guidance,
     )
+    return _with_input(out, input_scale, input_dtype)
+
+
+def _with_input(
+    out: Tensor, input_scale: Tensor | None, input_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    if input_dtype is None:
+        return out, out.new_empty(0)
+    return out, reference.scaled(out, input_scale, input_dtype).clone()
 
 
 def _consistency_loss(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,7 @@ def _euler_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _euler_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...]:
     dt, guidance, scale, input_scale = ctx.saved_tensors
-    if ctx.paired is not None:
-        g = g + (g2 if input_scale is None else lift(input_scale, g) * g2)
+    g = _of_both(ctx, g, g2, input_scale)
     grad_x = None
     if ctx.needs_input_grad[0] and not ctx.closed:
         grad_x = _scale(g, torch.ones_like(dt) if scale is None else scale, ctx.dtypes[0])
@@ -73,19 +72,28 @@ def _euler_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...
     return grad_x, *[None] * 5, grad_v, None, grad_uncond, *[None] * 4
 
 
+def _of_both(ctx: Any, g: Tensor, g2: Tensor, input_scale: Tensor | None) -> Tensor:
+    """The gradient of a state from its own and that of the network's input made of it."""
+    if ctx.paired is None:
+        return g
+    return g + (g2 if input_scale is None else lift(input_scale, g) * g2)
+
+
 def _sampler_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, F, a, b, alpha = inputs[:5]
-    ctx.save_for_backward(a, b, alpha, inputs[-1])
+    *_, guidance, input_scale, ctx.paired = inputs
+    ctx.save_for_backward(a, b, alpha, guidance, input_scale)
     ctx.dtypes = x.dtype, F.dtype
 
 
-def _sampler_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    a, b, alpha, guidance = ctx.saved_tensors
+def _sampler_backward(ctx: Any, g: Tensor, g2: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, alpha, guidance, input_scale = ctx.saved_tensors
+    g = _of_both(ctx, g, g2, input_scale)
     gain = alpha * b
     cond = gain if guidance is None else gain * guidance
     grad_x, grad_F = _scale(g, alpha * a, ctx.dtypes[0]), _scale(g, cond, ctx.dtypes[1])
     grad_uncond = None if guidance is None else _scale(g, gain - cond, ctx.dtypes[1])
-    return grad_x, grad_F, *[None] * 7, grad_uncond, None
+    return grad_x, grad_F, *[None] * 7, grad_uncond, *[None] * 3
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

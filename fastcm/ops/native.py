@@ -187,26 +187,11 @@ def euler_step(
     return restored(out, back), None if second is None else restored(second, back)
 
 
-def sampler_update(
-    x: Tensor,
-    F: Tensor,
-    a: Tensor,
-    b: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    key: NoiseKey,
-    *,
-    stream: int,
-    first_sample: int,
-    F_uncond: Tensor | None = None,
-    guidance: Tensor | None = None,
-) -> Tensor:
-    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z."""
+def sampler_update(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The arguments and results of ``torch.ops.fastcm.sampler_update``."""
     compiling = torch.compiler.is_compiling()
     update = torch.ops.fastcm.cpu_sampler_update if compiling else _sampler_update
-    out: Tensor = update(
-        x, F, a, b, alpha, sigma, key.tensor, stream, first_sample, F_uncond, guidance
-    )
+    out: tuple[Tensor, Tensor] = update(*arguments)
     return out
 
 
@@ -222,15 +207,26 @@ def _sampler_update(
     first_sample: int,
     F_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
-) -> Tensor:
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     x, F, key = x.contiguous(), F.contiguous(), key.contiguous()
     rows = (coefficient(c) for c in (a, b, alpha, sigma))
     tensors: list[Tensor | None] = [x, F, *rows, key]
     tensors += [None if F_uncond is None else F_uncond.contiguous(), optional(guidance)]
+    tensors.append(optional(input_scale))
     out = _empty(x)
+    wanted = input_dtype is not None
+    second = torch.empty(x.shape if wanted else 0, dtype=input_dtype or x.dtype, device=_CPU)
     packed = [n for t in tensors for n in _tensor(t)]
-    _call("sampler_update", x.shape, *packed, stream, first_sample, *_tensor(out))
-    return out
+    results = *_tensor(out), *_tensor(second if wanted else None)
+    _call("sampler_update", x.shape, *packed, stream, first_sample, *results)
+    return out, second
+
+
+def _sampler_results(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, dtype = x.new_empty(x.shape, dtype=torch.float32), rest[12] if len(rest) > 11 else None
+    return out, x.new_empty(0 if dtype is None else x.shape, dtype=dtype or torch.float32)
 
 
 # What makes noise is an operator, too, which compiled code calls and does not look into.
@@ -257,10 +253,10 @@ for _schema, _function, _fake in (
     ),
     (
         "cpu_sampler_update(Tensor x, Tensor F, Tensor a, Tensor b, Tensor alpha, Tensor sigma, "
-        "Tensor key, int stream, int first_sample, Tensor? F_uncond=None, Tensor? guidance=None)"
-        " -> Tensor",
+        "Tensor key, int stream, int first_sample, Tensor? F_uncond=None, Tensor? guidance=None, "
+        "Tensor? input_scale=None, ScalarType? input_dtype=None) -> (Tensor, Tensor)",
         _sampler_update,
-        lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
+        _sampler_results,
     ),
 ):
     _library.define(_schema)  # type: ignore[no-untyped-call]

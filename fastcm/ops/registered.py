@@ -222,10 +222,16 @@ def sampler_update_op(
     first_sample: int,
     F_uncond: Tensor | None = None,
     guidance: Tensor | None = None,
-) -> Tensor:
-    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z; F_u None: F alone."""
+    input_scale: Tensor | None = None,
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """alpha (a x + b (F_u + guidance (F - F_u))) + sigma z, and the network's input as euler_step.
+
+    F_u None: F alone.
+    """
     x, F = x.contiguous(), F.contiguous()
     out = torch.empty_like(x, dtype=torch.float32)
+    second = out.new_empty(0) if input_dtype is None else torch.empty_like(x, dtype=input_dtype)
     affine.launch_sampler_update(
         x,
         F,
@@ -239,9 +245,11 @@ def sampler_update_op(
         first_sample=first_sample,
         F_uncond=None if F_uncond is None else F_uncond.contiguous(),
         guidance=optional(guidance),
+        scaled_out=None if input_dtype is None else second,
+        out_scale=optional(input_scale),
         kernel=wrap_triton(affine.sampler_update_kernel),
     )
-    return out
+    return out, second
 
 
 @operator("consistency_loss")

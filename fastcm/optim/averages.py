@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastcm.optim import sharding
+from fastcm.sharding import dtensors
 
 Find = Callable[[Tensor], Tensor | None]
 """From a parameter of the optimizer to its average; None for other parameters."""
@@ -22,8 +22,8 @@ def swapped(module: nn.Module, find: Find) -> Iterator[nn.Module]:
 
     Addresses stay, so compiled code and captured graphs see the averages.
     """
-    sharding.reshard(module)  # a root keeps its parameters gathered after a forward pass
-    found = [(sharding.local(p), find(p)) for p in module.parameters()]
+    dtensors.reshard(module)  # a root keeps its parameters gathered after a forward pass
+    found = [(dtensors.local(p), find(p)) for p in module.parameters()]
     pairs = [(parameter, average) for parameter, average in found if average is not None]
     if not pairs:
         raise ValueError(
@@ -36,7 +36,7 @@ def swapped(module: nn.Module, find: Find) -> Iterator[nn.Module]:
             parameter.copy_(average)
         yield module
     finally:
-        sharding.reshard(module)
+        dtensors.reshard(module)
         for (parameter, _), value in zip(pairs, kept):
             parameter.copy_(value)
 
@@ -51,7 +51,7 @@ def alive(module: nn.Module, find: Find) -> tuple[nn.Module, Live]:
         module: the network that is trained.
         find: the tensor that stands for one of its parameters.
     """
-    if any(sharding.is_dtensor(p) for p in module.parameters()):
+    if any(dtensors.is_dtensor(p) for p in module.parameters()):
         raise ValueError(
             "a sharded module cannot be copied: use `with optimizer.averaged(i, module):`"
         )

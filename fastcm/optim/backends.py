@@ -11,9 +11,9 @@ from torch import nn
 from fastcm.kernels import native
 from fastcm.kernels.tables import CHUNK, COLUMNS
 from fastcm.ops import reference
-from fastcm.optim import sharding
 from fastcm.optim.layout import Layout
 from fastcm.optim.tables import HYPER, Tables
+from fastcm.sharding import dtensors
 
 try:
     from fastcm.kernels import adam_ema, grad_norm, launch, tick
@@ -200,7 +200,7 @@ class Plain:
             return
         layout, staged = tables.layout, {id(slot) for slot in tables.staged}
         for slot, g, row in zip(layout.slots, tables.gradients, tables.rows):
-            x = sharding.local(slot.parameter)
+            x = dtensors.local(slot.parameter)
             if id(slot) in staged:
                 assert layout.masters is not None
                 x = slot.view(layout.masters)

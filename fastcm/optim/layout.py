@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastcm.kernels.tables import SEGMENT_ALIGN
-from fastcm.optim import sharding
-from fastcm.optim.sharding import Mesh
+from fastcm.sharding import dtensors
+from fastcm.sharding.dtensors import Mesh
 
 
 def same_order(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
@@ -102,7 +102,7 @@ class Layout:
         shadow_dtype: torch.dtype | None,
         shadow_averages: Sequence[int],
     ) -> None:
-        shards = [sharding.local(p) for p, _ in parameters]
+        shards = [dtensors.local(p) for p, _ in parameters]
         self.device = shards[0].device
         double = any(s.dtype == torch.float64 for s in shards)
         self.dtype = torch.float64 if double else torch.float32
@@ -111,7 +111,7 @@ class Layout:
         for (parameter, group), shard in zip(parameters, shards):
             dense = is_dense(shard)
             stride = tuple(shard.stride()) if dense else _contiguous(shard.shape)
-            mesh = sharding.mesh_of(parameter)
+            mesh = dtensors.mesh_of(parameter)
             self.slots.append(
                 Slot(parameter, group, total, shard.shape, stride, shard.dtype, dense, mesh)
             )
@@ -150,7 +150,7 @@ class Layout:
     def follow(self, slot: Slot) -> Tensor:
         """The master copy of a parameter; what was written to the parameter from outside wins."""
         assert self.masters is not None
-        master, shard = slot.view(self.masters), sharding.local(slot.parameter)
+        master, shard = slot.view(self.masters), dtensors.local(slot.parameter)
         if slot.dtype == self.dtype:
             master.copy_(shard)
         else:
@@ -160,7 +160,7 @@ class Layout:
     @torch.no_grad()
     def initialise(self, slot: Slot) -> None:
         """Averages and shadows of a parameter that has no state yet: the parameter itself."""
-        shard = sharding.local(slot.parameter)
+        shard = dtensors.local(slot.parameter)
         if self.masters is not None:
             slot.view(self.masters).copy_(shard)
         for flat in (*self.averages, *self.shadows):
@@ -174,7 +174,7 @@ class Layout:
             old = state.get(slot.parameter, {})
             for name, view in self.entries(index):
                 if name in old:
-                    value = sharding.local(torch.as_tensor(old[name]))
+                    value = dtensors.local(torch.as_tensor(old[name]))
                     if value.shape != view.shape:
                         raise ValueError(
                             f"parameter {index} is {list(view.shape)}, its {name} "
@@ -202,7 +202,7 @@ class Layout:
                 flat.copy_(self.averages[source])
             else:
                 targets = [slot.view(flat) for slot in self.slots]
-                torch._foreach_copy_(targets, [sharding.local(s.parameter) for s in self.slots])
+                torch._foreach_copy_(targets, [dtensors.local(s.parameter) for s in self.slots])
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

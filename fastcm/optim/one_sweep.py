@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastcm.ema import Average
-from fastcm.optim import sharding
 from fastcm.optim.averages import Live
 from fastcm.optim.backends import Backend, choose, is_capturing
 from fastcm.optim.layout import Layout
@@ -25,6 +24,7 @@ from fastcm.optim.state import (
 )
 from fastcm.optim.tables import Tables
 from fastcm.optim.views import Views
+from fastcm.sharding import dtensors
 from fastcm.tracing import part
 
 Closure = Callable[[], Any]
@@ -117,12 +117,12 @@ class OneSweep(Views, Optimizer):
         if measured:
             with part("norm"):
                 backend.grad_norm(tables)
-                sharding.all_reduce(tables.sums, tables.meshes)
+                dtensors.all_reduce(tables.sums, tables.meshes)
         backend.tick(tables, radam=self._radam, measured=measured)
         backend.sweep(tables)
         for slot in tables.staged:
             assert layout.masters is not None
-            sharding.local(slot.parameter).copy_(slot.view(layout.masters))
+            dtensors.local(slot.parameter).copy_(slot.view(layout.masters))
         if not backend.shadows:
             layout.copy_shadows()
         tables.release()
@@ -178,7 +178,7 @@ class OneSweep(Views, Optimizer):
         self.state.clear()
         for index, slot in enumerate(self._layout.slots):
             self.state[slot.parameter] = {
-                name: view if name == "step" else sharding.like(slot.parameter, view)
+                name: view if name == "step" else dtensors.like(slot.parameter, view)
                 for name, view in self._layout.entries(index)
             }
         self._layout.copy_shadows()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcm.optim import sharding
 from fastcm.optim.layout import Layout
+from fastcm.sharding import dtensors
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad")
 """Options of torch's optimizers that choose how a step is computed; never loaded."""
@@ -144,11 +144,11 @@ def fill(layout: Layout, counts: Tensor, state_dict: Mapping[str, Any]) -> None:
         for name, view in layout.entries(index):
             if name in entries:  # perhaps this view itself: nothing was written to it before
                 like = view if name == "step" else slot.parameter
-                view.copy_(sharding.local_of(like, torch.as_tensor(entries[name])))
+                view.copy_(dtensors.local_of(like, torch.as_tensor(entries[name])))
             elif name in MOMENTS:
                 view.zero_()
             else:  # averages and masters
-                view.copy_(sharding.local(slot.parameter))
+                view.copy_(dtensors.local(slot.parameter))
     if "counts" in state_dict:
         counts.copy_(torch.as_tensor(state_dict["counts"]))
     else:  # from torch: no step was skipped

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastcm.ema import EMA, Average
 from fastcm.kernels.tables import CHUNK, GRADIENT, PARAMETER, Segment
-from fastcm.optim import sharding
 from fastcm.optim.layout import Layout, Slot, same_order
-from fastcm.optim.sharding import Mesh
+from fastcm.sharding import dtensors
+from fastcm.sharding.dtensors import Mesh
 
 HYPER = 6
 """lr, beta1, beta2, eps, decoupled weight decay, L2 weight decay of a parameter group."""
@@ -81,7 +81,7 @@ class Tables:
         )
         self.segments: list[Segment] = []
         self._direct = frozenset(direct)
-        self._sharded = any(sharding.is_dtensor(slot.parameter) for slot in layout.slots)
+        self._sharded = any(dtensors.is_dtensor(slot.parameter) for slot in layout.slots)
         self._buffers: dict[int, Tensor] = {}
         self._seen: list[object] = []
         self._sent: list[object] = []
@@ -100,8 +100,8 @@ class Tables:
         shards = [slot.parameter for slot in self.layout.slots]
         gradients = [p.grad for p in shards]
         if self._sharded:
-            gradients = [sharding.gradient(p) for p in shards]
-            shards = [sharding.local(p) for p in shards]
+            gradients = [dtensors.gradient(p) for p in shards]
+            shards = [dtensors.local(p) for p in shards]
         for p, g in zip(shards, gradients):
             # a gradient has the shape that its parameter had when it was set
             if g is None:

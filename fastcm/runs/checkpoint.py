@@ -32,7 +32,6 @@ from fastcm.runs.files import (
     clear,
     discard,
     read_state,
-    read_tensors,
     sync_directory,
     write,
     write_tensors,
@@ -241,8 +240,7 @@ def load(
             if name.endswith(shards.INDEX):
                 groups[group] = shards.read(path, group, entry, select)
             else:
-                tensors = read_tensors(path / name, entry)
-                groups[group] = shards.taken(group, tensors, select)
+                groups[group] = shards.read_one(path / name, group, entry, select)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,15 @@ def read_recorded(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     return _parsed(path, _recorded(path, entry))
 
 
+def check_recorded(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless a file has the given size and SHA-256; it is not held."""
+    sha = hashlib.sha256()
+    for piece in _pieces(path, exactly=entry["bytes"]):
+        sha.update(piece)
+    if sha.hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path} was altered: its SHA-256 differs from the one recorded")
+
+
 def _recorded(path: Path, entry: Mapping[str, Any]) -> bytes:
     """The bytes of a file, if they are those that were recorded."""
     data = _read(path, exactly=entry["bytes"])
@@ -177,6 +186,13 @@ def _parsed(path: Path, data: bytes) -> dict[str, Any]:
 
 def _read(path: Path, *, exactly: int | None = None, at_most: int | None = None) -> bytes:
     """The bytes of a regular file; its size is judged before it is read."""
+    return b"".join(_pieces(path, exactly=exactly, at_most=at_most, size=-1))
+
+
+def _pieces(
+    path: Path, *, exactly: int | None = None, at_most: int | None = None, size: int = 2**20
+) -> Iterator[bytes]:
+    """The same, some bytes at a time; of size -1 all at once."""
     if path.is_symlink():
         raise CheckpointError(f"{path} is a symbolic link: a checkpoint has its files in itself")
     # a link put there since then is not followed, and a pipe not waited for
@@ -190,7 +206,8 @@ def _read(path: Path, *, exactly: int | None = None, at_most: int | None = None)
             raise CheckpointError(f"{path} has {status.st_size} bytes instead of {exactly}")
         if at_most is not None and status.st_size > at_most:
             raise CheckpointError(f"{path} has {status.st_size} bytes, more than {at_most}")
-        return file.read()
+        while piece := file.read(size):
+            yield piece
 
 
 def discard(path: Path) -> None:

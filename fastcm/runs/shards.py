@@ -22,17 +22,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 from torch import Tensor
 
 from fastcm.runs.files import (
     DTYPES,
     CheckpointError,
+    check_recorded,
     read_recorded,
     read_tensors,
     write,
     write_tensors,
 )
+from fastcm.runs.pretrained import elements
 
 INDEX = ".index.json"
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -67,14 +70,32 @@ def whole(group: str, name: str, shape: torch.Size) -> Part | None:
     return None
 
 
-def taken(group: str, tensors: Mapping[str, Tensor], select: Select) -> dict[str, Tensor]:
-    """What is wanted of whole tensors."""
+def read_one(
+    path: Path, group: str, entry: Mapping[str, Any], select: Select = whole
+) -> dict[str, Tensor]:
+    """The tensors of a group in one file, or the wanted parts, without the rest in memory.
+
+    Args:
+        path: of the file.
+        group: its name.
+        entry: size and SHA-256 of the file.
+        select: what is wanted.
+
+    Raises:
+        CheckpointError: it is anything else.
+    """
+    if select is whole:
+        return read_tensors(path, entry)
+    check_recorded(path, entry)
     found = {}
-    for name, tensor in tensors.items():
-        part = select(group, name, tensor.shape)
-        found[name] = (
-            tensor if part is None else part.made(tensor.flatten()[part.start : part.stop].clone())
-        )
+    try:
+        file: Any = safetensors.safe_open(path, framework="pt")
+        for name in file.keys():  # noqa: SIM118
+            shape = torch.Size(file.get_slice(name).get_shape())
+            part = select(group, name, shape) or _all_of(shape)
+            found[name] = part.made(elements(file, name, part.start, part.stop).clone())
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     return found
 
 

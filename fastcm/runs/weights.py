@@ -45,6 +45,8 @@ def digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> s
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(name.encode())
+        if hasattr(tensor, "full_tensor"):  # of a shard all processes ask at once
+            tensor = tensor.full_tensor()
         here = tensor.detach().cpu().to(dtype or tensor.dtype)
         sha.update(here.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

@@ -68,6 +68,10 @@ class Engine:
         self._guide: Network | None = self.eager_guide
         if compile and self.eager_guide is not None:
             self._guide = torch.compile(self.eager_guide)
+        halves = {
+            _half(network) for network in (self.eager, self.eager_guide) if network is not None
+        }
+        self._input_dtype = halves.pop() if len(halves) == 1 else None
         self._cache: graphs.GraphCache | None = None
         possible = graphs.available(device)
         if graph == "on" and not possible:
@@ -171,7 +175,13 @@ class Engine:
         """Samples from noise z, by `net` and `guide` in place of the networks."""
         guide = None if weights is None else guide
         evaluate = Evaluator(
-            net, z, cond=cond, weights=weights, null_condition=self._null, guide=guide
+            net,
+            z,
+            cond=cond,
+            weights=weights,
+            null_condition=self._null,
+            guide=guide,
+            input_dtype=self._input_dtype,
         )
         if self._method == "flow-map":
             return loops.flow_map(evaluate, z, self._levels)
@@ -185,6 +195,10 @@ def _precise(net: nn.Module, device: torch.device, precision: Precision) -> Netw
     """The network in the precision that was asked for, or in that of its weights."""
     half = torch.bfloat16 if precision == "bf16" else half_of(net)
     return net if half is None else Autocast(net, device.type, half)
+
+
+def _half(net: Network) -> torch.dtype | None:
+    return net.dtype if isinstance(net, Autocast) else None
 
 
 def _of_two_times(net: Network, x: Tensor, t: Tensor, cond: Any, s: Tensor | None) -> Tensor:

@@ -148,6 +148,7 @@ class Evaluator:
         null_condition: what stands for "no condition"; see `fastcm.networks.conditions.Null`.
         guide: ``guide(x, t, cond) -> F``, a worse network of the same parameterization, whose
             output under the same condition stands in for the unconditional one.
+        input_dtype: half precision in which the networks take x; None: that of the arithmetic.
 
     Raises:
         TypeError: `cond` holds something that is no tensor.
@@ -167,11 +168,12 @@ class Evaluator:
         weights: Sequence[Weight] | None = None,
         null_condition: Null = None,
         guide: Network | None = None,
+        input_dtype: torch.dtype | None = None,
     ) -> None:
         check_rows(cond, len(z))
         self._net, self._guide, self._cond = net, guide, cond
         self._both: Any = None
-        self._weights = weights
+        self._weights, self._dtype = weights, input_dtype
         if guide is not None and weights is None:
             raise ValueError("guide needs guidance, the weight of it, got None")
         if weights is not None and guide is None:
@@ -179,13 +181,33 @@ class Evaluator:
         held = len(z) <= SMALL and not torch.compiler.is_compiling() and z.is_cpu
         self.rows: Rows = held_rows if held and not is_traced(z) else rows
 
-    def __call__(self, x: Tensor, at: Level, i: int, to: Level | None = None) -> Guided:
+    def ahead(self, x: Tensor, to: Level) -> dict[str, Any]:
+        """What asks the pass that moves x ``[B, ...]`` to a level for the network's input there.
+
+        Empty where that is x itself.
+        """
+        if to.c_in is None and self._dtype is None:
+            return {}
+        scale = None if to.c_in is None else self.rows(x, to.c_in)
+        return {"input_scale": scale, "input_dtype": self._dtype or compute_dtype(x)}
+
+    def __call__(
+        self,
+        x: Tensor,
+        at: Level,
+        i: int,
+        to: Level | None = None,
+        *,
+        inputs: Tensor | None = None,
+    ) -> Guided:
         """The output for x ``[B, ...]`` at a level, with the i-th weight.
 
         The network's t is float32, float64 where x is; `to` is the end of the step, for a network
-        of two times.
+        of two times; `inputs` are what `ahead` asked for.
         """
-        inputs = x if at.c_in is None else lift(self.rows(x, at.c_in), x) * x
+        if inputs is None:
+            inputs = x if at.c_in is None else lift(self.rows(x, at.c_in), x) * x
+            inputs = inputs if self._dtype is None else inputs.to(self._dtype)
         # a network may write to its t, so it is made anew each time
         t = torch.full(x.shape[:1], at.c_noise, dtype=compute_dtype(x), device=x.device)
         s = None if to is None else torch.full_like(t, to.c_noise)

@@ -35,13 +35,13 @@ def multistep(
     """Denoise, add fresh noise, denoise again."""
     *steps, end = levels
     rows = evaluate.rows
-    x = _first_state(z, steps[0], rows, start)
+    x, inputs = _first_state(z, steps[0], rows, start), None  # the network's, where it is not x
     for j, (at, to) in enumerate(pairwise(steps)):
-        out = evaluate(x, at, j)
+        out = evaluate(x, at, j, inputs=inputs)
         alpha, sigma = rows(x, to.alpha), rows(x, math.sqrt(to.sigma**2 - end.sigma**2))
         stream = rng.SAMPLE + j + 1
         if constraint is None:
-            x = ops.sampler_update(
+            made = ops.sampler_update(
                 x,
                 out.F,
                 rows(x, at.a),
@@ -53,13 +53,16 @@ def multistep(
                 first_sample=first_sample,
                 F_uncond=out.F_uncond,
                 guidance=None if out.F_uncond is None else out.weights(x),
+                **evaluate.ahead(x, to),
             )
+            x, inputs = made if isinstance(made, tuple) else (made, None)
         else:
             x0 = _constrained(constraint, out.map(x, at.a, at.b))
             state = ops.noising(x0, alpha, sigma, key, stream=stream, first_sample=first_sample)
             assert isinstance(state, Tensor)
             x = state
-    x0 = evaluate(x, steps[-1], len(steps) - 1).map(x, steps[-1].a, steps[-1].b)
+    out = evaluate(x, steps[-1], len(steps) - 1, inputs=inputs)
+    x0 = out.map(x, steps[-1].a, steps[-1].b)
     return x0 if constraint is None else _constrained(constraint, x0)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path as FilePath
-from typing import Any, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastcm import networks
 from fastcm.networks.conditions import Null, check_rows, each, rows_of
 from fastcm.networks.protocol import check_signature
 from fastcm.parameterization import Parameterization, check_velocity
@@ -20,7 +18,6 @@ from fastcm.paths import Path
 from fastcm.precision import Precision, check_not_double, check_precision
 from fastcm.progress import Progress
 from fastcm.rng import check_key
-from fastcm.runs import checkpoint, frozen
 from fastcm.runs.description import parameterization_from
 from fastcm.sampling.engine import Engine, Graph, Method, batches, host_key, of_samples, padded
 from fastcm.sampling.functions import (
@@ -30,8 +27,12 @@ from fastcm.sampling.functions import (
     check_descending,
 )
 from fastcm.sampling.guidance import Guidance, Weight, check_labels, guidance_weights
+from fastcm.sampling.loading import network_of_run
 from fastcm.sampling.steps import Churn
 from fastcm.schedules import Grid, UniformGrid, sampling_times
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Sampler:
@@ -163,6 +164,7 @@ class Sampler:
         ema: int = 0,
         net: nn.Module | None = None,
         device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
         **options: object,
     ) -> Sampler:
         """The sampler of a run directory's last good checkpoint.
@@ -172,32 +174,17 @@ class Sampler:
             ema: which average of the weights; -1 takes the raw weights.
             net: of the run's architecture, with what it leaves out, if not of `fastcm.networks`.
             device: where to sample.
+            mesh: of processes over which the network is sharded (FSDP2), each of which reads what
+                it holds. All call this together, and the sampler as often, with whatever numbers.
             **options: steps, times, method, ... of the constructor.
 
         Raises:
             FileNotFoundError, ValueError: no run there; no net where it is needed, or another's.
         """
-        group = "model" if ema == -1 else f"average_{ema}"
-        found, damaged = checkpoint.load_newest(
-            FilePath(directory), only={group}, requires=checkpoint.RUN_STATE
-        )
-        for error in damaged:
-            warnings.warn(f"{error}; falling back to {found.path}", stacklevel=2)
-        state = found.state
-        if group not in found.groups:
-            raise ValueError(
-                f"ema must be in [-1, {state['num_averages']}) for {directory}, got {ema}"
-            )
-        if net is None:
-            frozen.check_whole(found)
-            if state["network"] is None:
-                raise ValueError(
-                    f"{directory} does not describe its network: give from_run(..., net=...) one "
-                    "of the same architecture"
-                )
-            net = networks.build(state["network"])
-        frozen.fill(net, found, group)
+        net, state = network_of_run(directory, ema=ema, net=net, device=device, mesh=mesh)
         options = {"shape": state["shape"], "null_condition": state["null_condition"], **options}
+        if mesh is not None:
+            options = {"graph": "off", **options}
         p = parameterization_from(state["parameterization"])
         return cls(net, p, device=device, **options)  # type: ignore[arg-type]
 

@@ -25,13 +25,9 @@ def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device
     parameter = next(net.parameters(), None)
     if parameter is None:
         raise ValueError("net has no parameters to train")
-    for name, p in net.named_parameters():
-        if p.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and has no value: build the network on a CPU or a "
-                "GPU; every process does, also where it keeps only a part"
-            )
-    return parameter.device if device is None else torch.device(device)
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def trainable(net: nn.Module) -> list[nn.Parameter]:
@@ -118,7 +114,8 @@ def check_teacher(objective: Objective, net: nn.Module, device: torch.device) ->
         return
     check_signature("teacher", teacher)
     check_not_double("teacher", teacher)
-    teacher.to(device)
+    if not any(p.is_meta for p in teacher.parameters()):
+        teacher.to(device)
     if {id(p) for p in teacher.parameters()} & {id(p) for p in net.parameters()}:
         raise ValueError(
             "the teacher shares parameters with net, and would be trained along: "

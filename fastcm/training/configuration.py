@@ -11,9 +11,9 @@ from fastcm.data import Source
 from fastcm.objectives.base import Objective
 from fastcm.runs.checkpoint import plain
 from fastcm.runs.description import describe
+from fastcm.sharding.spread import type_of
 from fastcm.training.lr import Schedule
 from fastcm.training.settings import Settings
-from fastcm.training.sharded import type_of
 from fastcm.training.state import State
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ def join(parallel: str) -> bool:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store = _store() if os.environ.get("LOCAL_WORLD_SIZE") == str(count) else None
+        store = meeting_place() if os.environ.get("LOCAL_WORLD_SIZE") == str(count) else None
         if store is None:
             dist.init_process_group(backend)
         else:
@@ -111,7 +111,7 @@ def join(parallel: str) -> bool:
     return True
 
 
-def _store() -> Any:
+def meeting_place() -> Any:
     """Where processes of one host find each other, apart from those before a restart.
 
     torchrun keeps its store, and with it where the dead ones listened: pytorch issue 135712. Only
@@ -156,7 +156,7 @@ def is_mesh(parallel: object) -> bool:
     return isinstance(parallel, getattr(module, "DeviceMesh", ()))
 
 
-def shards(parallel: Parallel | None) -> bool:
+def shards(parallel: Parallel | None) -> TypeGuard[Parallel]:
     """Whether each process is to hold a part of the networks only."""
     return is_mesh(parallel) or parallel == "fsdp"
 

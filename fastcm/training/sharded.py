@@ -1,30 +1,28 @@
 """Networks of which every process holds a part (FSDP2): the student, its averages, a teacher.
 
-Repeated blocks are sharded one by one, then what is left: a network is gathered a block at a time,
-and forgotten block by block; as a whole where the objective takes derivatives through it. The
-optimizer's state follows the shards of the parameters, and so do the averages in it. The network of
-an average has shards of its own, copied from there after a step.
+They are sharded block by block (`fastcm.sharding.spread`), or as a whole where the objective takes
+derivatives through them. The optimizer's state follows the shards of the parameters, and so do the
+averages in it. The network of an average has shards of its own, copied from there after a step.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 import weakref
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastcm.networks.blocks import repeated_blocks
 from fastcm.objectives.base import Objective
 from fastcm.optim.one_sweep import OneSweep
-from fastcm.optim.sharding import is_dtensor, local, reshard
 from fastcm.runs.checkpoint import digest
 from fastcm.runs.description import describe
+from fastcm.sharding.dtensors import local, reshard
+from fastcm.sharding.spread import check_network, forget, spread
+from fastcm.training.filling import Filling, rebind
 from fastcm.training.parallel import Parallel, Processes, shards
 
 if TYPE_CHECKING:
@@ -47,10 +45,11 @@ class Sharding:
         parallel: "fsdp", or a mesh: of one dimension to shard over, or of two, where the first is
             of replicas.
         processes: all that train.
+        filling: of networks on the meta device, which get their values as shards.
 
     Attributes:
         mesh: of the processes.
-        objective: description of the objective, of when the teacher was whole.
+        objective: description of the objective, by the weights of the whole teacher.
 
     Raises:
         ValueError: what cannot be sharded, by name; see `check`.
@@ -64,24 +63,28 @@ class Sharding:
         optimizer: Optimizer,
         parallel: Parallel,
         processes: Processes,
+        filling: Filling,
     ) -> None:
         check(net, objective, optimizer)
-        self._device = next(net.parameters()).device
-        self.mesh = _mesh(parallel, processes.count, self._device)
-        processes.agree(lambda: {"weights": digest(net.state_dict())})
-        self.objective: Any = describe(objective)
+        self._device = filling.device
+        self.mesh = mesh_of(parallel, processes.count, self._device)
+        if net not in filling.hollow:
+            processes.agree(lambda: {"weights": digest(net.state_dict())})
         self._hollow = _hollow(net)
         self._frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        whole = dict(net.named_parameters())
+        whole, teacher = dict(net.named_parameters()), filling.teacher
+        if teacher not in filling.hollow:
+            self.objective: Any = describe(objective)
         # of a block, FSDP2 stands in the way of forward derivatives (pytorch issue 182641)
         self._spread(net, trained=True, blocks=not getattr(objective, "derives", False))
-        spread = dict(net.named_parameters())
-        now = {id(whole[name]): spread[name] for name in whole}
-        for group in optimizer.param_groups:
-            group["params"] = [now[id(p)] for p in group["params"]]
-        teacher = getattr(objective, "teacher", None)
-        if isinstance(teacher, nn.Module):
+        filling.fill(net)
+        _copy_buffers(net, self._hollow)
+        rebind(optimizer, whole, net)
+        if teacher is not None:
             self._spread(teacher, trained=False)
+            filling.fill(teacher)
+        if teacher in filling.hollow:
+            self.objective = describe(objective)
         # of outputs that are changed in place, which nobody here does
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
@@ -100,37 +103,13 @@ class Sharding:
         return twin
 
     def forget(self) -> None:
-        """Let go of what FSDP2 notes of each forward pass until a backward one.
-
-        Networks that are frozen have none, and the notes would grow with the steps.
-        """
+        """Let go of what FSDP2 notes of frozen networks; see `fastcm.sharding.spread.forget`."""
         for network in self._frozen:
-            for part in network.modules():
-                if not isinstance(part, _fsdp().FSDPModule):
-                    continue
-                group = getattr(part._get_fsdp_state(), "_fsdp_param_group", None)
-                for notes in (
-                    getattr(group, "_post_forward_indices", None),
-                    getattr(getattr(group, "comm_ctx", None), "post_forward_order", None),
-                ):
-                    if isinstance(notes, list):
-                        notes.clear()
+            forget(network)
 
     def _spread(self, net: nn.Module, *, trained: bool, blocks: bool = True) -> None:
-        """Blocks whose parameters are theirs alone, then the rest.
-
-        What a trained network gathers for its root is kept until its backward pass. A frozen one
-        lets go of it at once, and gathers the weights of today at its next call.
-        """
-        places = _places(net)
-        for block in repeated_blocks(net) if blocks else ():
-            own = _places(block)
-            if own and all(places[parameter] == count for parameter, count in own.items()):
-                _fsdp().fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
-        if trained:
-            _fsdp().fully_shard(net, mesh=self.mesh)
-        else:
-            _fsdp().fully_shard(net, mesh=self.mesh, reshard_after_forward=True)
+        spread(net, self.mesh, trained=trained, blocks=blocks)
+        if not trained:
             self._frozen.add(net)
 
 
@@ -140,26 +119,20 @@ def sharding(
     optimizer: Optimizer,
     parallel: Parallel | None,
     processes: Processes,
+    filling: Filling,
 ) -> Sharding | None:
     """The `Sharding` that `parallel` asks for; None for none."""
-    if parallel is None or not shards(parallel):
+    if not shards(parallel):
         return None
-    return Sharding(net, objective, optimizer, parallel, processes)
+    return Sharding(net, objective, optimizer, parallel, processes, filling)
 
 
-def _places(net: nn.Module) -> Counter[int]:
-    """In how many places of a network each parameter is, by id."""
-    return Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
+def mesh_of(parallel: Parallel, count: int, device: torch.device) -> DeviceMesh:
+    """The mesh over which networks are sharded: of all processes, or the one that was given.
 
-
-def _fsdp() -> Any:
-    """Half a second of imports, for those who shard."""
-    from torch.distributed import fsdp
-
-    return fsdp
-
-
-def _mesh(parallel: Parallel, count: int, device: torch.device) -> DeviceMesh:
+    Raises:
+        ValueError: it is of other dimensions, processes or another kind of device.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
     if isinstance(parallel, str):
@@ -196,12 +169,21 @@ def _hollow(net: nn.Module) -> nn.Module:
     return hollow if all(p.dtype == dtype for p in hollow.parameters()) else hollow.to(dtype)
 
 
+def _copy_buffers(net: nn.Module, hollow: nn.Module) -> None:
+    """Those of a network that has its values now into a copy from before."""
+    for module, copied in zip(net.modules(), hollow.modules()):
+        for name, buffer in module._buffers.items():
+            old = copied._buffers[name]
+            if buffer is not None and old is not None:
+                copied._buffers[name] = buffer.detach().clone().to(old.dtype)
+
+
 def check(net: nn.Module, objective: Objective, optimizer: Optimizer) -> None:
     """Raise ValueError unless student, teacher and optimizer can be sharded."""
-    _check_network("net", net)
+    check_network("net", net)
     teacher = getattr(objective, "teacher", None)
     if isinstance(teacher, nn.Module):
-        _check_network("the teacher", teacher)
+        check_network("the teacher", teacher)
     kind = type(optimizer)
     stock = kind.__module__.startswith("torch.optim.") and kind.__name__ in _ELEMENTWISE
     if not isinstance(optimizer, OneSweep) and not stock:
@@ -217,33 +199,3 @@ def check(net: nn.Module, objective: Objective, optimizer: Optimizer) -> None:
     held = {id(p) for p in net.parameters()}
     if any(id(p) not in held for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("the optimizer holds parameters that are not of net, and are not sharded")
-
-
-def _check_network(what: str, net: nn.Module) -> None:
-    if any(map(is_dtensor, net.parameters())):
-        raise ValueError(f"{what} is sharded already: give it whole, the trainer shards it")
-    if any(hasattr(module, "_orig_mod") for module in net.modules()):
-        raise ValueError(
-            f"{what} is compiled already: give it as it was before, with compile='regional' if it "
-            "is to be"
-        )
-    for name, p in net.named_parameters():
-        if p.dim() == 0:
-            raise ValueError(
-                f"{what} has a parameter of no dimension, {name}, which FSDP2 cannot shard: make "
-                "it one of 1 element"
-            )
-        if not p.is_contiguous():
-            raise ValueError(
-                f"{what} has a parameter that is not contiguous, {name}, which FSDP2 cannot shard"
-            )
-    kinds = {p.dtype for p in net.parameters() if p.requires_grad}
-    if len(kinds) > 1:
-        raise ValueError(f"FSDP2 takes trained parameters of one dtype, {what} has {kinds}")
-
-
-def type_of(net: nn.Module) -> str:
-    """The name of a network's class; FSDP2 makes one of its own out of it."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    added = getattr(module, "FSDPModule", ())
-    return next(kind.__name__ for kind in type(net).__mro__ if not issubclass(kind, added))

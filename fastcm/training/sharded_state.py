@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastcm.optim import sharding
 from fastcm.runs.shards import Part, Place, Select
+from fastcm.sharding import dtensors
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 Mine = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Place]]]
@@ -23,15 +23,15 @@ def divided(groups: Groups, *, first: bool) -> Mine:
     mine: dict[str, dict[str, Tensor]] = {}
     places: dict[str, dict[str, Place]] = {}
     for group, tensors in groups.items():
-        if not any(map(sharding.is_dtensor, tensors.values())):
+        if not any(map(dtensors.is_dtensor, tensors.values())):
             mine[group] = dict(tensors)
             continue
         mine[group], places[group] = {}, {}
         for name, tensor in tensors.items():
             start, shard = 0, tensor.detach()
-            if sharding.is_dtensor(tensor):
-                start, shard = sharding.first_element(tensor), sharding.local(tensor)
-                writes = sharding.is_first_replica(tensor) and shard.numel() > 0
+            if dtensors.is_dtensor(tensor):
+                start, shard = dtensors.first_element(tensor), dtensors.local(tensor)
+                writes = dtensors.is_first_replica(tensor) and shard.numel() > 0
             else:
                 writes = first
             if writes or (first and tensor.numel() == 0):
@@ -54,13 +54,13 @@ def wanted(groups: Groups, parameters: Sequence[Tensor]) -> Select:
             number = name.partition(".")[0]
             if number.isdecimal() and int(number) < len(parameters):
                 like = parameters[int(number)]
-        if like is None or not sharding.is_dtensor(like) or like.shape != shape:
+        if like is None or not dtensors.is_dtensor(like) or like.shape != shape:
             return None
-        shard, start, model = sharding.local(like), sharding.first_element(like), like
+        shard, start, model = dtensors.local(like), dtensors.first_element(like), like
         return Part(
             start,
             start + shard.numel(),
-            lambda flat: sharding.like(model, flat.view(shard.shape).to(shard.device)),
+            lambda flat: dtensors.like(model, flat.view(shard.shape).to(shard.device)),
         )
 
     return select

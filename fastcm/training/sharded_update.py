@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastcm.ema import Average
-from fastcm.optim import sharding
 from fastcm.optim.one_sweep import OneSweep
+from fastcm.sharding import dtensors
 from fastcm.training.sharded import Sharding
 from fastcm.training.update import Stock, Sweep, Update
 
@@ -53,12 +53,12 @@ class ShardedSweep(Sweep):
 
     def load_weights(self, i: int, weights: Mapping[str, Tensor]) -> None:
         for name, average in self._averaged(i).items():
-            sharding.local(average).copy_(sharding.local(weights[name]))
+            dtensors.local(average).copy_(dtensors.local(weights[name]))
         self._networks.refresh()
 
     def _averaged(self, i: int) -> dict[str, Tensor]:
         """Those of the average that the optimizer keeps, by the names of the network."""
-        sharding.reshard(self._net)
+        dtensors.reshard(self._net)
         named = self._net.named_parameters(remove_duplicate=False)
         state = self._optimizer.state
         return {name: state[p][f"ema_{i}"] for name, p in named if p in state}
@@ -101,8 +101,8 @@ class _Networks(Sequence[nn.Module]):
                 del self._made[i], self._parameters[i]
                 continue
             state, pairs = self._optimizer.state, self._parameters[i]
-            averages = [sharding.local(state[p][f"ema_{i}"]) for p, _ in pairs]
-            torch._foreach_copy_([sharding.local(q) for _, q in pairs], averages)
+            averages = [dtensors.local(state[p][f"ema_{i}"]) for p, _ in pairs]
+            torch._foreach_copy_([dtensors.local(q) for _, q in pairs], averages)
             for theirs, ours in zip(network.buffers(), self._net.buffers()):
                 theirs.copy_(ours)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastcm.optim import sharding
 from fastcm.rng import NoiseKey
 from fastcm.runs.checkpoint import digest, weights_of
 from fastcm.runs.frozen import LeftOut
+from fastcm.sharding import dtensors
 from fastcm.training.data_state import DataState
 from fastcm.training.gradients import Gradients
 from fastcm.training.update import Update
@@ -71,7 +71,7 @@ class State:
     def summary(self) -> dict[str, Any]:
         """The step, and a fingerprint of the student's weights if this process has them all."""
         weights = self.net.state_dict()
-        if any(map(sharding.is_dtensor, weights.values())):
+        if any(map(dtensors.is_dtensor, weights.values())):
             return {"step": self.step}
         return {"step": self.step, "weights": digest(weights)}
 

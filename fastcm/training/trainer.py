@@ -19,16 +19,18 @@ from fastcm.optim import AdamW
 from fastcm.precision import Precision
 from fastcm.rng import NoiseKey
 from fastcm.runs.frozen import LeftOut
+from fastcm.sharding import Init
 from fastcm.training import blocks, checks
 from fastcm.training.checkpoint import restore
 from fastcm.training.configuration import configuration, metadata_of
 from fastcm.training.data_state import DataState
+from fastcm.training.filling import Filling
 from fastcm.training.finite import Watch
 from fastcm.training.gradients import Compile, Gradients
 from fastcm.training.interrupt import StopSignals
 from fastcm.training.logging import Rate, measure
 from fastcm.training.lr import Schedule, constant
-from fastcm.training.parallel import Parallel, processes
+from fastcm.training.parallel import Parallel, processes, shards
 from fastcm.training.reports import Reports
 from fastcm.training.saving import Saving
 from fastcm.training.settings import Settings
@@ -71,7 +73,9 @@ class Trainer:
             "fsdp", or a mesh of one dimension: each holds but a part of weights, averages and
             optimizer, see `Sharding`; a mesh of two: of replicas of that. `net` and a teacher
             are sharded in place, and called by all processes together.
-        device: default that of the network.
+        device: default that of the network; the CPU for one on the meta device.
+        init, teacher_init: where a student or teacher on the meta device gets its values, see
+            `fastcm.sharding.Init`. With "fsdp" it is sharded first: no process holds it whole.
         directory: of the run: checkpoints and metrics.jsonl. None keeps nothing.
         save_every: steps between checkpoints; 0: only at the end of `fit`.
         keep: how many checkpoints to keep.
@@ -117,6 +121,8 @@ class Trainer:
         checkpoint: blocks.Checkpoint | None = None,
         parallel: Parallel | None = None,
         device: torch.device | str | None = None,
+        init: Init | None = None,
+        teacher_init: Init | None = None,
         directory: str | Path | None = None,
         save_every: int = 0,
         keep: int = 3,
@@ -139,7 +145,9 @@ class Trainer:
         )
         device = checks.device_of(net, device)
         checks.check_arguments(net, objective, optimizer, lr_schedule, max_grad_norm)
-        self.net, self.objective = net.to(device), objective
+        filling = Filling.of(net, objective, init, teacher_init, device=device, seed=seed)
+        filling.place(optimizer, as_shards=shards(parallel))
+        self.net, self.objective = net, objective
         checks.check_teacher(objective, net, device)
         checks.check_network(net, objective)
         self.source = as_source(data, seed=seed, device=device)
@@ -149,8 +157,8 @@ class Trainer:
             checks.check_parallel(net, self.source)
         optimizer = optimizer or AdamW(checks.trainable(net), lr=1e-3, weight_decay=0.0)
         blocks.apply_checkpoint(checkpoint, net, objective)
-        left_out = LeftOut() if save_frozen else LeftOut.of(net)  # before they are shards
-        spread = sharding(net, objective, optimizer, parallel, self.processes)
+        spread = sharding(net, objective, optimizer, parallel, self.processes, filling)
+        left_out = LeftOut() if save_frozen else LeftOut.of(net)
         self.lr_schedule = lr_schedule
         self.callbacks = tuple(callbacks)
         self.interrupted: signal.Signals | None = None
@@ -165,18 +173,11 @@ class Trainer:
             net, optimizer, with_target(averages, optimizer, objective), max_grad_norm, spread
         )
         gradients = Gradients(
-            net,
-            objective,
-            self.update.network_of(objective.target_average),
-            precision=precision,
-            compile=compile,
-            accumulate=accumulate,
-            paired=getattr(self.source, "paired", False),
-            processes=self.processes,
-            spread=spread,
-            optimizer=optimizer,
-            log=self.log,
-        )
+            net, objective, self.update.network_of(objective.target_average),
+            precision=precision, compile=compile, accumulate=accumulate,
+            paired=getattr(self.source, "paired", False), processes=self.processes, spread=spread,
+            optimizer=optimizer, log=self.log,
+        )  # fmt: skip
         gradients.check_batch(batch_size)
         rows = self.processes.rows(batch_size, accumulate, getattr(objective, "period", 1))
         key = NoiseKey(seed, first_sample=rows.start, device=device)

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from fastcm import ema
 from fastcm.ema import EMA, Average
 from fastcm.objectives.base import Objective
-from fastcm.optim import sharding
 from fastcm.optim.one_sweep import OneSweep
 from fastcm.runs.checkpoint import load_weights, weights_of
+from fastcm.sharding import dtensors
 from fastcm.tracing import part
 
 
@@ -143,7 +143,7 @@ class Stock(Update):
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         parameters = [p for p in self._parameters if p.requires_grad]
         with part("norm"):
-            self._norm = sharding.whole(nn.utils.clip_grad_norm_(parameters, limit))
+            self._norm = dtensors.whole(nn.utils.clip_grad_norm_(parameters, limit))
         finite = torch.isfinite(self._norm)
         self._apply(finite)
         for average, network in zip(self.averages, self.networks):
@@ -151,8 +151,8 @@ class Stock(Update):
             keep = torch.where(finite, decay, torch.ones_like(decay))
             pairs = zip(network.parameters(), self._parameters)
             own = [(theirs, ours) for theirs, ours in pairs if theirs is not ours]
-            mine = [sharding.local(p) for _, p in own]
-            ema.update_([sharding.local(p) for p, _ in own], mine, keep)
+            mine = [dtensors.local(p) for _, p in own]
+            ema.update_([dtensors.local(p) for p, _ in own], mine, keep)
             for theirs, ours in zip(network.buffers(), self._net.buffers()):
                 theirs.copy_(ours)
         self._counts[0] += 1
@@ -160,7 +160,7 @@ class Stock(Update):
         self._counts[2] *= ~finite
 
     def _apply(self, finite: Tensor) -> None:
-        sharded = any(map(sharding.is_dtensor, self._parameters))
+        sharded = any(map(dtensors.is_dtensor, self._parameters))
         if getattr(self._optimizer, "_step_supports_amp_scaling", False) and not sharded:
             # fused optimizers take the flag on the device
             self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from fastcm.evaluation.pictures import to_uint8
 from fastcm.networks import MLP
 from fastcm.runs.files import WRITING, create_file
 from fastcm.sampling import Sampler
+from fastcm.training.parallel import Processes
 
 IMAGE, CLASSES = (3, 4, 5), 3
 
@@ -305,3 +306,40 @@ def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: signal.Signals
     (tmp_path / "000012.png").unlink()
     done = sample_folder(sampler, tmp_path, 16)  # complete all the same
     assert (done.drawn, done.present, done.interrupted) == (1, 15, None)
+
+
+class Other(Processes):
+    """This process and another one, whose batches and signals are given."""
+
+    def __init__(self, batches: list[tuple[bool, signal.Signals | None]]) -> None:
+        super().__init__(0, 2, object())
+        self.batches, self.at = batches, -1
+
+    def exchange(self, mine: Any = None, error: Exception | None = None) -> list[Any]:
+        self.at += 1
+        theirs = len(self.batches) if self.at == 0 else self.batches[self.at - 1]
+        return [mine, theirs]
+
+
+@pytest.mark.parametrize("n", [0, 8, 12])
+def test_each_computes_as_many_batches_as_the_other(tmp_path: Path, n: int) -> None:
+    sampler, calls = sampler_of(), []
+    real = type(sampler).__call__
+
+    class Counted(Sampler):
+        def __call__(self, n: Any, **options: Any) -> torch.Tensor:
+            calls.append(n)
+            return real(self, n, **options)
+
+    sampler.__class__ = Counted
+    theirs = [(True, None), (False, None), (True, None)]
+    done = sample_folder(sampler, tmp_path, n, together=Other(theirs))
+    assert done.drawn == n and done.interrupted is None
+    mine = -(-n // 8)
+    assert calls == [8] * mine + [1] * sum(busy for busy, _ in theirs[mine:])
+
+
+def test_a_signal_to_the_other_ends_both_after_the_same_batch(tmp_path: Path) -> None:
+    theirs = [(True, None), (True, signal.SIGTERM), (True, None)]
+    done = sample_folder(sampler_of(), tmp_path, 24, together=Other(theirs))
+    assert done.drawn == 8 and done.interrupted is signal.SIGTERM

@@ -152,3 +152,57 @@ def test_a_sharded_run_is_killed_resumed_sampled_from_and_consolidated(
         assert f"{path}: {'consolidated' if form == 'sharded' else 'plain already'}" in said
     assert drawn[0] == drawn[1] and (path / "model.safetensors").exists()
     assert here(monkeypatch, capsys, ["consolidate", str(tmp_path / "nowhere")])[0] == 2
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two processes of one command, as a user starts them."""
+    root = str(Path(__file__).resolve().parents[2])
+    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts), "-m", "--"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *how, "fastcm", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_processes_that_hold_parts_of_a_network_fill_the_folder_of_one(
+    run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Also where files are there already, and where one has a batch more than the other."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    options = ["--n", 70, "--first", 3, "--batch", 16, "--steps", 2]
+    assert here(monkeypatch, capsys, [*command(run, one), *map(str, options)])[0] == 0
+    shared = ["sample", run, "--out", several, *options, "--parallel", "fsdp"]
+    told = torchrun(*shared)
+    assert told.returncode == 0, told.stderr
+    assert files(several) == files(one)
+    for name in sorted(p.name for p in several.glob("*.png"))[20:25]:
+        (several / name).unlink()
+    told = torchrun(*shared)
+    assert told.returncode == 0 and files(several) == files(one), told.stderr
+    assert ": 5 drawn" in told.stdout and ": 0 drawn" in told.stdout
+
+
+def test_an_error_of_all_processes_is_shown_once(tmp_path: Path) -> None:
+    told = torchrun("sample", tmp_path / "none", "--out", tmp_path / "x", "--parallel", "fsdp")
+    assert told.returncode != 0
+    assert told.stderr.count("fastcm: no checkpoint in") == 1, told.stderr
+    assert told.stderr.count("Traceback") <= 1  # torchrun's own
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--parallel", "ddp"], "--parallel of samples is fsdp or left out, got 'ddp'"),
+        (["--parallel", "fsdp"], "MASTER_ADDR, MASTER_PORT: start them with torchrun"),
+        (["--parallel", "fsdp", "--out", "x.npy"], "--out x.npy is a file"),
+        (["--parallel", "fsdp", "--guide", "x", "--guidance", "2"], "a guide is held whole"),
+    ],
+)
+def test_what_cannot_be_sampled_in_parts_is_said(
+    run: Path, tmp_path: Path, options: list[str], said: str, monkeypatch: Patch, capsys: Capture
+) -> None:
+    code, _, error = here(monkeypatch, capsys, [*command(run, tmp_path / "x"), *options])
+    assert code == 2 and said in error.replace("\n", " ")

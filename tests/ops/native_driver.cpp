@@ -63,7 +63,8 @@ static void pointwise(int64_t B, int64_t D, int64_t dtype, bool closed) {
                          rows(), rows(), rows(), samples(F32), samples(dtype)};
   check(euler_step(&e));
   const SamplerArguments m{B, D, 2, samples(dtype), samples(dtype), rows(), rows(), rows(), rows(),
-                           tensor(I64, 3), samples(dtype), rows(), 20, 0, samples(F32)};
+                           tensor(I64, 3), samples(dtype), rows(), rows(), 20, 0, samples(F32),
+                           samples(dtype)};
   check(sampler_update(&m));
   for (int64_t metric = 0; metric < 4; ++metric) {
     const LossArguments l{B, D, 2, samples(dtype), state(x, B, D, closed), rows(), rows(),

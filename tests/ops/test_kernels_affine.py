@@ -131,6 +131,13 @@ def test_a_sampler_update_agrees_with_the_reference(B, D, dtype, guided, device)
     where = {"stream": rng.SAMPLE + 2, "first_sample": 4}
     more = {"F_uncond": F_uncond, "guidance": guidance} if guided else {}
     launch_sampler_update(x, F, a, b, alpha, sigma, key.tensor, out, **where, **more)
+    again, scaled = torch.empty_like(out), torch.empty_like(F)
+    pair = {"scaled_out": scaled, "out_scale": a}
+    launch_sampler_update(x, F, a, b, alpha, sigma, key.tensor, again, **where, **more, **pair)
+    assert torch.equal(again, out)
+    torch.testing.assert_close(
+        scaled, (a[:, None] * out).to(dtype), rtol=torch.finfo(dtype).eps, atol=0.0
+    )
     plain = reference.sampler_update(x, F, a, b, alpha, sigma, key, **where, **more)
     F, more = F.double(), {name: value.double() for name, value in more.items()}
     exact = reference.sampler_update(x, F, a, b, alpha, sigma, key, **where, **more)

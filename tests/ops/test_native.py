@@ -140,6 +140,11 @@ def test_sampler_update_and_scale(shape: tuple[int, ...]) -> None:
         for more in ({}, {"F_uncond": data(shape, dtype), "guidance": 3 * a}):
             more = {"stream": 9, "first_sample": 2, **more}
             found = ops.sampler_update(x, F, a, b, c, d, KEY, **more)
+            for scale, moved in ((None, found), (a, reference.lift(a, found) * found)):
+                pair = ops.sampler_update(
+                    x, F, a, b, c, d, KEY, **more, input_scale=scale, input_dtype=dtype
+                )
+                assert torch.equal(pair[0], found) and torch.equal(pair[1], moved.to(dtype))
             plain = reference.sampler_update(x, F, a, b, c, d, KEY, **more)
             more = {k: v.double() if isinstance(v, Tensor) else v for k, v in more.items()}
             truth = reference.sampler_update(x.double(), F.double(), a, b, c, d, KEY, **more)

@@ -51,7 +51,10 @@ def gradient_inputs(name: str) -> tuple[Callable[..., Any], list[Tensor]]:
     return call, tensors
 
 
-NOT_CHECKED = ("noise", "uniform", "integers", "noising, uint8", "scale", "euler, guided")
+NOT_CHECKED = (
+    *("noise", "uniform", "integers", "noising, uint8", "scale"),
+    *("euler, guided", "sampler_update, with the network's input"),  # which is bfloat16
+)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in NOT_CHECKED])
@@ -60,16 +63,27 @@ def test_gradients_agree_with_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(call, tensors)
 
 
-def test_the_gradient_of_a_guided_euler_step_reaches_both_outputs() -> None:
+@pytest.mark.parametrize("update", [False, True])
+def test_the_gradient_of_a_guided_step_reaches_both_outputs(update: bool) -> None:
+    """Also as registered, where the operator's own backward pass is taken."""
     x, v, u, a, b, c, d = operands(dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, v, u)]
+    both = {"input_scale": d, "input_dtype": torch.float64}
 
     def call(x: Tensor, v: Tensor, u: Tensor) -> Any:
-        return ops.euler_step(
-            x, v, a, v_uncond=u, guidance=b, scale=c, input_scale=d, input_dtype=torch.float64
-        )
+        if update:
+            where = {"stream": rng.SAMPLE, "F_uncond": u, "guidance": b}
+            return ops.sampler_update(x, v, a, b, c, d, KEY, **where, **both)
+        return ops.euler_step(x, v, a, v_uncond=u, guidance=b, scale=c, **both)
 
-    assert torch.autograd.gradcheck(call, inputs)
+    def registered(x: Tensor, v: Tensor, u: Tensor) -> Any:
+        end = d, torch.float64
+        if update:
+            return F.sampler_update(x, v, a, b, c, d, KEY.tensor, rng.SAMPLE, 0, u, b, *end)
+        return F.euler_step(x, None, None, None, 0, 0, v, a, u, b, c, *end)
+
+    for way in (call, registered):
+        assert torch.autograd.gradcheck(way, inputs)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
