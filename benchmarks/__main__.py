@@ -1,8 +1,9 @@
 """The benchmarks by name.
 
 python -m benchmarks [PART ...] [--quick] [--out DIR]
-    PART: ops, optim, step, sampling, jvp, attention, parallel, data, plan, lora, or all; without
-    one, a quick look at all of them within some minutes
+    PART: ops, optim (or optimizer), step, sampling, jvp, attention, parallel, data, plan, lora,
+    codegen (what the kernels compile to), or all; without one, a quick look at all that is
+    timed, within some minutes
 python -m benchmarks compare BEFORE.json AFTER.json
 python -m benchmarks report [--check]
 
@@ -50,6 +51,10 @@ PARTS = {
     "plan": Part("test_plan.py", "MLP and not 1024"),
     "lora": Part("test_lora.py", "256x4"),
 }
+CODEGEN = "codegen"
+"""What no clock is needed for: of it there is no quick look."""
+ALSO = {"optimizer": "optim"}
+"""Other names of parts."""
 QUICK_SECONDS = 300
 """Of a quick look: each part has its share of what is left, and begins no row after that."""
 NEEDED = {"pytest": "pytest"}
@@ -72,6 +77,8 @@ def cost(name: str) -> str:
 
 
 def command(name: str, *, quick: bool) -> list[str]:
+    if name == CODEGEN:
+        return [sys.executable, "-m", "benchmarks.codegen"]
     part = PARTS[name]
     chosen = ["-k", part.quick] if quick and part.quick else []
     return [sys.executable, "-m", "pytest", "-s", "-q", f"benchmarks/{part.file}", *chosen]
@@ -124,14 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds of few rows")
     parser.add_argument("--out", type=Path, help="folder of the JSON")
     options = parser.parse_args(given)
-    names = options.parts or ["all"]
-    unknown = sorted({*names} - {*PARTS, "all"})
+    names = [ALSO.get(name, name) for name in options.parts or ["all"]]
+    unknown = sorted({*names} - {*PARTS, CODEGEN, "all"})
     if unknown:
-        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}, all")
+        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}, {CODEGEN}, all")
     if missing():
         parser.error(f"the benchmarks need {', '.join(missing())}: pip install '.[bench]'")
-    names = list(PARTS) if "all" in names else list(dict.fromkeys(names))
-    return measure(names, quick=options.quick or not options.parts, out=options.out)
+    quick = options.quick or not options.parts
+    if "all" in names:
+        names = [*PARTS, *([] if quick else [CODEGEN])]
+    return measure(list(dict.fromkeys(names)), quick=quick, out=options.out)
 
 
 if __name__ == "__main__":

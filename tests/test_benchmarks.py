@@ -199,6 +199,12 @@ def test_without_a_part_it_is_a_quick_look_at_all_of_them(
     assert program.main(["ops"]) == 0
     assert "QUICK" not in calls[0][1] and "PART_SECONDS" not in calls[0][1]
 
+    calls.clear()
+    assert program.main(["optimizer", "codegen"]) == program.main(["all"]) == 0
+    ends = [command[-1] for command, _ in calls]
+    assert ends[:2] == ["benchmarks/test_optim.py", "benchmarks.codegen"]
+    assert len(ends[2:]) == len(program.PARTS) + 1 and ends[-1] == "benchmarks.codegen"
+
 
 def test_rows_are_resumed_by_the_commit_and_none_begins_after_the_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

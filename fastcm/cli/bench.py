@@ -19,8 +19,9 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ops, optim, step, sampling, jvp, attention, parallel, data, plan, lora, or all; "
-            "a quick look at all if absent; or: compare BEFORE.json AFTER.json"
+            help="ops, optimizer, step, sampling, jvp, attention, parallel, data, plan, lora, "
+            "codegen, or all; a quick look at all if absent; or: report; compare BEFORE.json "
+            "AFTER.json"
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few rounds of few rows")] = False,
