@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastcm.jvp.rules import RULES, NotCovered, dual, is_dual, unpack
+from fastcm.jvp.rules import DIFFERENTIABLE, RULES, NotCovered, dual, is_dual, unpack
 
 _log = logging.getLogger("fastcm.jvp")
 
@@ -42,6 +42,7 @@ class JVPMode(TorchFunctionMode):
                     raise
                 if not torch.compiler.is_compiling():
                     _log.info("%s by plain forward AD: %s", func.__name__, reason)
+                func = DIFFERENTIABLE.get(func, func)
         if getattr(func, "__name__", "") == "unflatten":
             func = torch.unflatten  # the method cannot be compiled under a mode (torch 2.13)
         out = func(*args, **kwargs)

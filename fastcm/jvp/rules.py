@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcm.jvp.attention import attention
 
@@ -203,3 +204,15 @@ RULES: dict[Any, Callable[..., Tensor]] = {
     F.gelu: gelu,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
 }
+
+
+def _attention_in_parts(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention as products and a softmax: of the fused ones forward AD knows none."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+DIFFERENTIABLE: dict[Any, Callable[..., Tensor]] = {
+    F.scaled_dot_product_attention: _attention_in_parts,
+}
+"""What stands in for an operator that is left to plain forward AD."""
