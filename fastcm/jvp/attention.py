@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastcm.jvp import blocked as blocked  # the operators exist
 from fastcm.jvp import registered as registered
-from fastcm.ops.dispatch import HAS_KERNELS
+from fastcm.ops.dispatch import on_gpu
 
 _SCORES = 2**22
 """Scores held at once; four such tensors live in a block of rows."""
@@ -96,8 +96,7 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     D = q.shape[-1]
     return (
-        HAS_KERNELS
-        and q.is_cuda
+        on_gpu(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and D % 8 == 0
         and D <= 128
@@ -177,6 +176,8 @@ def attention(
 
 def _autocast(x: Any) -> Any:
     """As autocast would hand it to attention; it does not know operators that are registered."""
-    if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x is None or x.dtype == torch.float64 or x.is_meta:  # meta knows no autocast
+        return x
+    if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

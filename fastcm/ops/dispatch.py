@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 
 import torch
@@ -31,6 +34,28 @@ class Door(Enum):
     REFERENCE = "plain torch"
 
 
+_meta_as_gpu = ContextVar("meta_as_gpu", default=False)
+
+
+@contextmanager
+def meta_as_gpu() -> Iterator[None]:
+    """Inside, tensors of the meta device go the way of a GPU's: whoever counts that runs nothing.
+
+    There must be a dispatch mode that takes the registered operators, which have no other
+    implementation there.
+    """
+    token = _meta_as_gpu.set(True)
+    try:
+        yield
+    finally:
+        _meta_as_gpu.reset(token)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels of this package take a tensor, as far as its device counts."""
+    return (HAS_KERNELS and x.is_cuda) or (x.is_meta and _meta_as_gpu.get())
+
+
 def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = False) -> Door:
     """The way of these operands, which are on one device. This is the rule, and there is no other.
 
@@ -51,7 +76,7 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
         RuntimeError: an operand is mapped by vmap.
     """
     compiling = torch.compiler.is_compiling()
-    kernels, native, tracked = HAS_KERNELS, True, differentiable and torch.is_grad_enabled()
+    kernels, native, tracked = True, True, differentiable and torch.is_grad_enabled()
     for t in operands:
         if t is None:
             continue
@@ -61,7 +86,7 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
                 "sample and their noise depends on the index of the sample; make the mapped "
                 "dimension part of the batch"
             )
-        kernels = kernels and t.is_cuda and t.dtype != torch.float64
+        kernels = kernels and on_gpu(t) and t.dtype != torch.float64
         native = native and t.is_cpu and t.dtype in _NATIVE and not (tracked and t.requires_grad)
     if kernels:
         return Door.KERNEL

@@ -7,15 +7,17 @@ allocated and the networks themselves are neither called nor changed.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+import math
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastcm.networks.blocks import repeated_blocks
-from fastcm.objectives.base import Batch, Objective
+from fastcm.objectives.base import Batch, Loss, Objective
+from fastcm.ops.dispatch import meta_as_gpu
 from fastcm.planning.ledger import Ledger, Saved, Work
 from fastcm.planning.meta import META, AsOnDevice, on_meta, without_memory
 from fastcm.precision import Precision, check_precision
@@ -39,13 +41,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the networks of one micro-batch do.
+    """What one micro-batch does.
 
     Args:
         evaluations: in the order of the calls.
         work: FLOPs and bytes of each operator by part: "forward" and "backward" of the student,
             "target", "teacher", "metric" and "metric backward", and "blocks", of the forward pass
-            what activation checkpointing computes again.
+            what activation checkpointing computes again; what is in none is `AROUND` them.
         activations: bytes kept for the backward pass.
         checkpointed: the same where the blocks are checkpointed.
     """
@@ -93,11 +95,13 @@ def count(
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         memo: dict[int, Any] = {}
         student = without_memory(net, memo).train()
-        ledger = Ledger(Saved(student))
+        elements = math.prod(x0.shape[1 + paired :])
+        ledger = Ledger(Saved(student), elements)
         calls: list[_Call] = []
+        device = AsOnDevice(device_type)
 
         def counted(module: nn.Module, role: str) -> _Counted:
-            return _Counted(module, role, ledger, calls, precision, device_type)
+            return _Counted(module, role, ledger, calls, precision, device)
 
         for role in ("teacher", "metric"):
             module = getattr(objective, role, None)
@@ -114,11 +118,16 @@ def count(
             z=z,
             input_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         )
-        with nullcontext() if memory_only else ledger:
-            target = counted(without_memory(net), "target").requires_grad_(False)
-            method.loss(counted(student, "student"), batch, target)
+        target = counted(without_memory(net), "target").requires_grad_(False)
+        with ExitStack() as around:
+            around.enter_context(device)
             if not memory_only:
-                _backward(ledger, calls)
+                around.enter_context(meta_as_gpu())
+                around.enter_context(ledger)
+            loss = method.loss(counted(student, "student"), batch, target)
+            ledger.saved.settle()
+            if not memory_only:
+                _backward(loss, ledger, calls)
     return Counts(
         tuple(call.evaluation for call in calls),
         dict(ledger.work),
@@ -154,13 +163,15 @@ class _Counted(nn.Module):
         ledger: Ledger,
         calls: list[_Call],
         precision: str,
-        device_type: str,
+        device: AsOnDevice,
     ) -> None:
         super().__init__()
         self.net = net
-        self.log_variance = getattr(net, "log_variance", None)
+        own = getattr(net, "log_variance", None)
+        self.log_variance = None if own is None else self._log_variance
         self._role, self._ledger, self._calls = role, ledger, calls
-        self._options = precision, device_type
+        self._precision = "fp32" if role == "metric" else precision
+        self._device = device
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         role, ledger = self._role, self._ledger
@@ -168,10 +179,8 @@ class _Counted(nn.Module):
         around: Any = ledger.saved.listening() if role == "student" else nullcontext()
         if role in ("target", "teacher"):
             around = torch.no_grad()
-        low = self._options[0] == "bf16" and role != "metric"
-        mode = AsOnDevice(self._options[0] if low else "fp32", self._options[1])
-        with ledger.during(part), around, mode:
-            if low:
+        with ledger.during(part), around, self._device.call(self._precision):
+            if self._precision == "bf16":
                 x = x.to(torch.bfloat16)
             out: Tensor = self.net(x, *args, **kwargs)
         inputs = [a for a in (x, *args) if isinstance(a, Tensor) and a.requires_grad]
@@ -179,20 +188,36 @@ class _Counted(nn.Module):
         self._calls.append(_Call(evaluation, inputs, out))
         return out
 
+    def _log_variance(self, t: Tensor) -> Tensor:
+        """The student's own, beside its forward pass."""
+        with self._ledger.during("forward"):
+            out: Tensor = cast(Any, self.net).log_variance(t)
+        return out
 
-def _backward(ledger: Ledger, calls: list[_Call]) -> None:
-    """The backward passes of metric and student; what lies between them is no network's."""
-    for call in calls:
-        if call.evaluation.network == "metric" and call.inputs:
-            with ledger.during("metric backward"):
-                torch.autograd.grad(
-                    [call.output], call.inputs, [torch.empty_like(call.output)], allow_unused=True
-                )
+
+def _backward(loss: Loss, ledger: Ledger, calls: list[_Call]) -> None:
+    """From the loss to the metric, if that is a network, through it, and on to the student.
+
+    What is kept for the backward pass is freed on the way, since no part of it is passed twice.
+    """
+    ends, gradients = [loss.mean], [torch.ones_like(loss.mean)]
+    if loss.output is not None and loss.gradient is not None:
+        ends, gradients = [loss.output], [loss.gradient]
+    measured = [c for c in calls if c.evaluation.network == "metric" and c.inputs]
+    if measured:
+        outputs = [call.output for call in measured]
+        with_respect = torch.autograd.grad(ends, outputs, gradients)
+        ends = [x for call in measured for x in call.inputs]
+        with ledger.during("metric backward"):
+            gradients = list(torch.autograd.grad(outputs, ends, with_respect))
     heads = [
         call.output
         for call in calls
         if call.evaluation.network == "student" and call.evaluation.differentiated
     ]
     if heads:
+        gradients = list(torch.autograd.grad(ends, heads, gradients))
+        if loss.also is not None:
+            heads, gradients = [*heads, loss.also], [*gradients, torch.ones_like(loss.also)]
         with ledger.during("backward"):
-            torch.autograd.backward(heads, [torch.empty_like(head) for head in heads])
+            torch.autograd.backward(heads, gradients)

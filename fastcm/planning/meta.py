@@ -7,7 +7,8 @@ things it lacks are put in: attention that does not keep its matrix of scores, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,18 +63,30 @@ def on_meta(tree: Any) -> Any:
 
 
 class AsOnDevice(TorchFunctionMode):
-    """Inside, meta tensors are computed with as those of a device are.
+    """Within a call of a network, meta tensors are computed with as those of a device are.
+
+    It is entered before whatever else looks at functions, so that it sees what these make of them,
+    as autocast does.
 
     Args:
-        precision: "bf16" casts as autocast does.
         device_type: "cuda" casts normalisations and softmax back to float32, as autocast there.
     """
 
-    def __init__(self, precision: str, device_type: str) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
-        self._low = precision == "bf16"
         self._gpu = device_type == "cuda"
+        self._called = self._low = False
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def call(self, precision: str) -> Iterator[None]:
+        """Inside is one call; "bf16" casts as autocast does."""
+        outer = self._called, self._low, self._casts
+        self._called, self._low, self._casts = True, precision == "bf16", {}
+        try:
+            yield
+        finally:
+            self._called, self._low, self._casts = outer
 
     def __torch_function__(
         self,
@@ -87,7 +100,7 @@ class AsOnDevice(TorchFunctionMode):
             args, kwargs = pytree.tree_map_only(Tensor, self._lowered, (tuple(args), kwargs))
         elif self._low and self._gpu and func in _FULL:
             args, kwargs = pytree.tree_map_only(Tensor, _raised, (tuple(args), kwargs))
-        if func is F.scaled_dot_product_attention:
+        if self._called and func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -96,10 +109,11 @@ class AsOnDevice(TorchFunctionMode):
             return x
         if not (x.is_leaf and x.requires_grad):
             return x.to(torch.bfloat16)
-        # of weights a network call makes one copy
+        # of weights a network call makes one copy, which has a gradient whoever asks first
         held = self._casts.get(id(x))
         if held is None:
-            held = self._casts[id(x)] = (x, x.to(torch.bfloat16))
+            with torch.enable_grad():
+                held = self._casts[id(x)] = (x, x.to(torch.bfloat16))
         return held[1]
 
 

@@ -39,7 +39,7 @@ def _parts(plan: Plan) -> str:
             [
                 part.name,
                 f"{part.flops / 1e12:.3g}" if part.flops else "-",
-                NOT_KNOWN if part.bytes is None else size(part.bytes),
+                size(part.bytes),
                 NOT_KNOWN if part.seconds is None else duration(part.seconds),
                 NOT_KNOWN if share is None else f"{100 * share:.1f} %",
             ]
@@ -51,8 +51,8 @@ def _parts(plan: Plan) -> str:
 
 def _below(plan: Plan) -> str:
     text = (
-        "Per device, one part after the other. Networks are counted operator by operator, as they "
-        "are launched without compiling"
+        "Per device, one part after the other. Bytes are counted operator by operator, as they are "
+        "launched without compiling, which moves fewer"
     )
     if plan.ceilings.tflops is not None and plan.ceilings.bandwidth is None:
         text += ", and timed by their products alone, since the bandwidth is not known"

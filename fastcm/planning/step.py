@@ -13,7 +13,7 @@ from fastcm.objectives.base import Objective
 from fastcm.planning import formulae
 from fastcm.planning.ceilings import Ceilings
 from fastcm.planning.counting import Counts, count, units
-from fastcm.planning.ledger import Work
+from fastcm.planning.ledger import AROUND, Work
 from fastcm.planning.meta import META
 from fastcm.precision import Precision
 
@@ -42,7 +42,7 @@ class Part:
 
     name: str
     flops: int
-    bytes: int | None
+    bytes: int
     seconds: float | None
 
 
@@ -157,12 +157,10 @@ def plan(
     )
     element, data = (2 if precision == "bf16" else 4), data_dtype.itemsize * (1 + paired)
     elements, of_device = math.prod(shape), rows * accumulate
-    passes = formulae.around_the_networks(objective)
-    around = None if passes is None else passes.bytes(data, element) * elements * of_device
     uploaded = (elements * data + 8 * labels) * of_device
     parts = [
         *_networks(counts, checkpointing, accumulate, ceilings),
-        _moving("around the networks", around, ceilings.bandwidth),
+        _moving(AROUND, accumulate * counts.bytes(AROUND), ceilings.bandwidth),
         _moving("clip, Adam, averages", swept, ceilings.bandwidth),
         *_communication(parallel, gpus, size, counts, accumulate, ceilings),
         _moving("data", uploaded, ceilings.upload),
@@ -258,11 +256,11 @@ def _network_part(name: str, work: Work, times: int, ceilings: Ceilings) -> Part
     return Part(name, flops, moved, times * sum(max(f / rate, b / bandwidth) for f, b in work))
 
 
-def _moving(name: str, size: int | None, rate: float | None) -> Part:
+def _moving(name: str, size: int, rate: float | None) -> Part:
     """A part that takes as long as its bytes do, at a rate of 1e9 bytes a second."""
     if size == 0:
         return Part(name, 0, 0, 0.0)
-    return Part(name, 0, size, None if size is None or rate is None else size / 1e9 / rate)
+    return Part(name, 0, size, None if rate is None else size / 1e9 / rate)
 
 
 def _communication(

@@ -49,14 +49,22 @@ def test_a_plan_of_a_large_network_needs_no_gpu(capsys: pytest.CaptureFixture[st
     assert memory["moments"][0] == "5.399 GB"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("net", ["mlp", "unet", "dit-tiny"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_plan(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = planned(
-        capsys, net="mlp", method=method, batch=64, classes=10, tflops=1.0, bandwidth=10.0
-    )
+def test_every_method_has_a_plan(
+    method: str, net: str, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"net": net, "method": method, "precision": precision, "batch": 16, "classes": 10}
+    text = planned(capsys, **options, tflops=1.0, bandwidth=10.0)
     parts = table(text, "part of a step")
     assert ("teacher" in parts) == (method in ("cd", "lcm", "scd"))
-    for name in ("student, forward", "student, backward", "clip, Adam, averages"):
+    for name in (
+        "student, forward",
+        "student, backward",
+        "around the networks",
+        "clip, Adam, averages",
+    ):
         assert parts[name][2].endswith("s") and parts[name][3].endswith("%")
     assert parts["data"][2] == "not known" and "all that is known" in parts
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,8 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcm import (
     ConsistencyDistillation,
     ConsistencyTraining,
+    ContinuousConsistency,
+    EasyConsistency,
     FlowMatching,
     MeanFlow,
+    PairDistillation,
     Shortcut,
 )
 from fastcm.cli.recipes import Recipe
@@ -29,7 +34,9 @@ from fastcm.networks.blocks import repeated_blocks
 from fastcm.objectives.base import Objective
 from fastcm.planning import count
 from fastcm.planning.counting import Counts
+from fastcm.planning.ledger import AROUND
 
+ROOT = Path(__file__).resolve().parents[2]
 B = 8
 
 
@@ -102,6 +109,84 @@ def test_methods_call_their_networks_as_often_as_they_say() -> None:
     assert mean.flops("backward") <= of(mlp(two_times=True), (4,), FlowMatching()).flops("backward")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_derivative_along_the_way_takes_its_products_and_keeps_nothing(precision: Any) -> None:
+    N, W, depth = 16, 32, 3
+    options: dict[str, Any] = {"width": W, "depth": depth, "num_heads": 4}
+    shape = (4, 8, 8)
+    plain = of(DiT(4, 8, **options), shape, FlowMatching(), precision=precision)
+    net = DiT(4, 8, log_variance=True, **options)
+    found = of(net, shape, ContinuousConsistency(), precision=precision)
+    product = depth * 2 * B * N * N * W  # of queries and keys, or of weights and values
+    linear = plain.flops("forward") - 2 * product
+    # the kernel computes all six at once; without one the scores are computed again
+    attention = 6 * product if precision == "bf16" else 7 * product
+    levels = 2 * B * 64  # of the log-variance
+    assert found.flops("forward") == 2 * linear + attention + levels
+    first = 2 * B * (N * 16 * W + 256 * W)  # whose inputs need no gradient, but have a tangent
+    assert plain.flops("backward") == 2 * linear - first + 5 * product
+    assert found.flops("backward") == plain.flops("backward") + levels
+    assert found.activations == plain.activations
+    assert found.checkpointed == plain.checkpointed
+    kept = of(net, shape, ContinuousConsistency(), precision=precision, memory_only=True)
+    assert (kept.activations, kept.checkpointed) == (plain.activations, plain.checkpointed)
+
+
+def teach(**more: Any) -> ConsistencyDistillation:
+    return ConsistencyDistillation(mlp(num_classes=3), **more)
+
+
+GUIDED: dict[str, Any] = {"guidance": 2.0, "null_condition": 3}
+AROUND_BY_HAND: dict[str, tuple[Callable[[], Objective], tuple[int, int, int]]] = {
+    # how often an element is read or written in the size of the data, of a network's input, float32
+    "flow": (FlowMatching, (2, 3, 0)),
+    "ct": (ConsistencyTraining, (2, 5, 0)),
+    "ect": (EasyConsistency, (2, 5, 0)),
+    # x_t again for the step to x_s and to the input there
+    "cd": (teach, (3, 6, 2)),
+    # twice the rows out of inputs that are read twice, and the second output
+    "cd, guided": (lambda: teach(**GUIDED), (3, 11, 2)),
+    "cd, heun": (lambda: teach(solver="heun"), (4, 8, 6)),
+    # the guided output of the second step is float32, and is read again
+    "cd, heun, guided": (lambda: teach(solver="heun", **GUIDED), (4, 18, 8)),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", AROUND_BY_HAND)
+def test_bytes_around_the_networks_are_those_of_the_kernels(name: str, precision: Any) -> None:
+    make, (data, network, float32) = AROUND_BY_HAND[name]
+    for dtype in (torch.uint8, torch.float32):
+        cond = torch.zeros(B, dtype=torch.int64) if "guided" in name else None
+        net = mlp(num_classes=3)
+        found = count(net, make(), torch.zeros(B, 4, dtype=dtype), cond, precision=precision)
+        size = 2 if precision == "bf16" else 4
+        each = data * dtype.itemsize + network * size + 4 * float32
+        assert found.bytes(AROUND) == B * 4 * each
+
+
+def test_bytes_around_the_networks_are_the_least_that_was_recorded() -> None:
+    text = (ROOT / "benchmarks/results/gpu_static.json").read_text()
+    recorded = json.loads(text)["least, bytes per element outside the networks of UNet-S"]
+    objectives: dict[str, Callable[[], Objective]] = {
+        "flow": FlowMatching,
+        "ct": ConsistencyTraining,
+        "cd": lambda: ConsistencyDistillation(mlp()),
+    }
+    assert {name.split()[0] for name in recorded} == set(objectives)
+    for name, least in recorded.items():
+        method, precision = name.split()
+        x0 = torch.zeros(B, 4, dtype=torch.uint8)
+        found = count(mlp(), objectives[method](), x0, precision=precision)
+        assert found.bytes(AROUND) == least * x0.numel()
+
+
+def test_a_pair_is_mixed_in_a_pass_of_its_own() -> None:
+    """The input out of data and noise; then input, output and data to the output's gradient."""
+    found = of(mlp(), (2, 4), PairDistillation(), paired=True)
+    assert found.work[AROUND] == [(0, passes * B * 4 * 4) for passes in (3, 4)]
+
+
 class Distance(nn.Module):
     """A metric that is a network."""
 
@@ -136,6 +221,9 @@ def test_every_method_is_counted(method: str, precision: Any) -> None:
     assert any(e.differentiated for e in found.evaluations)
     assert found.flops("forward") > 0 and found.flops("backward") > 0 and found.activations > 0
     assert ("teacher" in found.work) == distils
+    # at the least the data, the input, the output and its gradient
+    assert found.bytes(AROUND) >= B * 4 * (4 + 3 * (2 if precision == "bf16" else 4))
+    assert found.flops(AROUND) == 0
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

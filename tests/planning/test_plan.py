@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from fastcm.optim.one_sweep import OneSweep
 from fastcm.planning import Ceilings, Plan, formulae, measure, plan, sizes
 from fastcm.planning.counting import units
 
-ROOT = Path(__file__).resolve().parents[2]
 CEILINGS = Ceilings(tflops=100.0, bandwidth=1000.0, interconnect=400.0, upload=20.0)
 
 
@@ -77,27 +74,6 @@ def test_flops_of_the_largest_are_those_of_the_paper() -> None:
     net = sizes.network("dit-xl", sizes.LATENTS, 1000, {})
     made = planned(net, FlowMatching(), batch=2, labels=True)
     assert part(made, "student, forward").flops / 2 / 2 == pytest.approx(118.64e9, rel=0.01)
-
-
-def test_bytes_around_the_networks_are_the_least_that_was_recorded() -> None:
-    text = (ROOT / "benchmarks/results/gpu_static.json").read_text()
-    recorded = json.loads(text)["least, bytes per element outside the networks of UNet-S"]
-    teacher = nn.Linear(1, 1)
-    objectives = {
-        "flow": FlowMatching(),
-        "ct": ConsistencyTraining(),
-        "cd": ConsistencyDistillation(teacher),
-    }
-    assert {name.split()[0] for name in recorded} == set(objectives)
-    for name, least in recorded.items():
-        method, precision = name.split()
-        passes = formulae.around_the_networks(objectives[method])
-        assert passes is not None
-        assert passes.bytes(1, 2 if precision == "bf16" else 4) == least
-    guided = ConsistencyDistillation(teacher, guidance=2.0, null_condition=0)
-    passes = formulae.around_the_networks(guided)
-    assert passes is not None and passes.bytes(1, 2) == 33 and passes.bytes(1, 4) == 55
-    assert formulae.around_the_networks(fastcm.MeanFlow()) is None
 
 
 def test_bytes_of_the_sweep() -> None:
