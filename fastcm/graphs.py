@@ -5,20 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 _LOCKS: dict[torch.device, threading.RLock] = {}
-
-_WARMUP, _TIMED = 2, 3
-CALLS_TO_DECIDE = _WARMUP + _TIMED + 1 + _TIMED
-"""Of a `GraphCache` with one name and one shape, until its graph is kept or not."""
 
 
 def available(device: torch.device) -> bool:
@@ -37,6 +31,11 @@ def never() -> bool:
 
 def no_obstacle() -> None:
     return None
+
+
+def alone(reason: str | None) -> str | None:
+    """What this process says counts."""
+    return reason
 
 
 class Side:
@@ -81,6 +80,8 @@ class Graphed:
             reads has moved since the last time; then it is captured again.
         obstacle: asked before a capture: why there can be no graph, or None.
         release: called before a graph is given back: let go of tensors that live in its memory.
+        agree: where the work holds collectives, which all processes capture or none does: the first
+            reason against a graph that one of them has. They call it equally often.
         must: keep the graph even if it is slower, and raise if it cannot be captured.
         log: receives one line about the choice.
         name: of the work, in that line.
@@ -96,6 +97,7 @@ class Graphed:
         moved: Callable[[], bool] = never,
         obstacle: Callable[[], str | None] = no_obstacle,
         release: Callable[[], None] = no_obstacle,
+        agree: Callable[[str | None], str | None] = alone,
         must: bool,
         log: Callable[[str], None],
         name: str = "graph",
@@ -104,6 +106,7 @@ class Graphed:
     ) -> None:
         self._work, self._side = work, side
         self._moved, self._obstacle, self._release = moved, obstacle, release
+        self._agree = agree
         self._waits: str | None = None
         self._must, self._log, self._name = must, log, name
         self._warmup, self._timed = warmup, timed
@@ -164,7 +167,8 @@ class Graphed:
         return self._result
 
     def _decided(self, result: Tensor) -> Tensor:
-        keep = self._replayed < self._launched or self._must
+        slower = None if self._replayed < self._launched or self._must else "slower"
+        keep = self._agree(slower) is None
         self._log(
             f"{self._name}: {'on' if keep else 'off'}, {1e3 * self._replayed:.2f} ms replayed, "
             f"{1e3 * self._launched:.2f} ms launched one by one"
@@ -178,12 +182,9 @@ class Graphed:
 
     def _capture(self) -> bool:
         """Record the work without doing it."""
-        reason = self._waits or self._obstacle()
+        reason = self._agree(self._waits or self._obstacle())
         if reason is not None:
-            if self._must:
-                raise ValueError(f"a CUDA graph is not possible: {reason}")
-            self._log(f"{self._name}: off, {reason}")
-            return False
+            return self._refused(reason)
         graph = torch.cuda.CUDAGraph()
         side = self._side
         cause: Exception | None = None
@@ -211,14 +212,25 @@ class Graphed:
                     f"the capture of a CUDA graph failed and left the device unable to make "
                     f"another: {type(cause).__name__}: {cause}. Start again with graph='off'"
                 ) from cause
-            if self._must:
+        else:
+            self._graph = graph
+            side.take()
+        failed = None if cause is None else f"it failed: {type(cause).__name__}: {cause!s:.200}"
+        reason = self._agree(failed)
+        if reason is not None:
+            self.drop()
+            if self._must and cause is not None:
                 raise cause from None
-            self._log(f"{self._name}: off, it failed: {type(cause).__name__}: {cause!s:.200}")
-            return False
-        self._graph = graph
-        side.take()
+            return self._refused(reason)
         self._moved()  # addresses are those of the capture now
         return True
+
+    def _refused(self, reason: str) -> bool:
+        """There is no graph, and the work is launched from now on."""
+        if self._must:
+            raise ValueError(f"a CUDA graph is not possible: {reason}")
+        self._log(f"{self._name}: off, {reason}")
+        return False
 
     def drop(self) -> None:
         """Give the graph back; the next call captures anew."""
@@ -270,72 +282,3 @@ def _recover(side: Side) -> None:
         pass
     empty.reset()
     side.pool = torch.cuda.graph_pool_handle()
-
-
-class GraphCache:
-    """Calls functions of tensors through CUDA graphs: one per function and shapes of its inputs.
-
-    Args:
-        device: of the tensors.
-        moved, must, log: see `Graphed`; `moved` is a fresh one for each graph.
-        capacity: graphs that are kept; the least recently used goes.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        moved: Callable[[], Callable[[], bool]],
-        must: bool,
-        log: Callable[[str], None],
-        capacity: int = 16,
-    ) -> None:
-        self.side = Side(device)
-        self._device = device
-        self._moved, self._must, self._log = moved, must, log
-        self._capacity = capacity
-        self._held: OrderedDict[Hashable, tuple[list[Tensor | None], Graphed]] = OrderedDict()
-
-    def __call__(self, name: Hashable, work: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """``work(*inputs)``, overwritten by the next call; inside ``with cache.side():``.
-
-        Args:
-            name: of the function, with everything but the inputs that its result depends on.
-            work: device operations of shapes that follow from those of the inputs.
-            inputs: tensors, containers of tensors, or None; copied to the memory that the graph
-                reads.
-        """
-        given, form = _flat(inputs)
-        key = (name, form, *(None if v is None else (tuple(v.shape), v.dtype) for v in given))
-        if key not in self._held:
-            if len(self._held) == self._capacity:
-                self._held.popitem(last=False)[1][1].drop()
-            static = [None if v is None else v.to(self._device, copy=True) for v in given]
-            arguments = static if form is None else _pytree.tree_unflatten(static, form)
-            shown = " x ".join(str(list(v.shape)) for v in given if v is not None)
-            self._held[key] = (
-                static,
-                Graphed(
-                    lambda: work(*arguments),
-                    self.side,
-                    moved=self._moved(),
-                    must=self._must,
-                    log=self._log,
-                    name=f"graph of {shown}",
-                    warmup=_WARMUP,
-                    timed=_TIMED,
-                ),
-            )
-        self._held.move_to_end(key)
-        static, graphed = self._held[key]
-        for held, value in zip(static, given):
-            if held is not None and value is not None:
-                held.copy_(value, non_blocking=True)
-        return graphed()
-
-
-def _flat(inputs: tuple[Any, ...]) -> tuple[list[Any], _pytree.TreeSpec | None]:
-    """Tensors out of their containers, and what these are; None for none, which is quicker."""
-    if all(v is None or isinstance(v, Tensor) for v in inputs):
-        return list(inputs), None
-    return _pytree.tree_flatten(inputs)

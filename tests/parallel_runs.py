@@ -31,7 +31,7 @@ from fastcm import (
 )
 from fastcm.networks import MLP
 from fastcm.runs.checkpoint import list_checkpoints
-from fastcm.training.parallel import Disagreement, PeerError
+from fastcm.training.processes import Disagreement, PeerError
 
 STEPS = 50
 DATA = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
@@ -240,6 +240,16 @@ def what_one_process_chose_for_compiling_all_do(_: Path) -> None:
     run.state.gradients._choose = differing(lambda *a: False, None)  # type: ignore
     run.fit(1)
     assert run.state.gradients.compiled is False
+
+
+@case
+def what_one_process_has_against_something_all_hear(_: Path) -> None:
+    among = trainer(parallel="ddp").processes
+    assert among.first_reason(differing(None, "memory")) == "memory"
+    assert among.first_reason(differing("this", "that")) == "this"
+    assert among.first_reason(None) is None
+    assert among.any(differing(False, True)) and not among.any(False)
+    assert among.carrier(torch.device("cpu")) == "gloo"
 
 
 @case

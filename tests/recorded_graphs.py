@@ -29,9 +29,11 @@ class RecordedGraph:
     made = 0
     replays = 0
     capturing = False
+    last: RecordedGraph
 
     def __init__(self) -> None:
         type(self).made += 1
+        RecordedGraph.last = self
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     @torch.no_grad()

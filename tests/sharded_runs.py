@@ -33,7 +33,7 @@ from fastcm.runs import pretrained, shards
 from fastcm.runs.checkpoint import list_checkpoints
 from fastcm.runs.lock import RunLock
 from fastcm.sharding.dtensors import is_dtensor, local, whole
-from fastcm.training.parallel import Disagreement, PeerError
+from fastcm.training.processes import Disagreement, PeerError
 
 IMAGES = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 

@@ -13,7 +13,8 @@ import torch
 from recorded_graphs import RecordedGraph
 from torch import Tensor
 
-from fastcm.graphs import CALLS_TO_DECIDE, GraphCache, Graphed, Side, device_lock
+from fastcm.graphs import Graphed, Side, device_lock
+from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,43 @@ def test_an_obstacle_keeps_work_out_of_a_graph(recorded_graphs: type[RecordedGra
     with pytest.raises(ValueError, match=f"a CUDA graph is not possible: {reason}"):
         for _ in range(30):
             must()
+
+
+@pytest.mark.parametrize("against", ["obstacle", "capture", "time", "nothing"])
+def test_of_several_processes_all_keep_a_graph_or_none_does(
+    against: str, recorded_graphs: type[RecordedGraph]
+) -> None:
+    """This one has nothing against it; the other says so at one of the three times it is asked."""
+    asked: list[str | None] = []
+    turns = ["obstacle", "capture", "time"]
+
+    def agree(mine: str | None) -> str | None:
+        asked.append(mine)
+        return mine or ("the other" if turns[len(asked) - 1] == against else None)
+
+    call, work, lines = graphed(0.2, 0.1, agree=agree)
+    for _ in range(30):
+        call()
+    assert asked == [None] * (3 if against == "nothing" else 1 + turns.index(against))
+    captured, replays = {
+        "obstacle": (0, 0), "capture": (1, 0), "time": (1, 1 + 3), "nothing": (1, 25),
+    }[against]  # fmt: skip
+    assert (recorded_graphs.made, recorded_graphs.replays) == (captured, replays)
+    assert work.total == 30 and work.runs == 30 - replays + captured
+    on = "on" if against == "nothing" else "off"
+    assert len(lines) == 1 and lines[0].startswith(f"graph: {on}")
+
+
+def test_what_another_process_has_against_a_graph_that_must_be_is_an_error_in_all(
+    recorded_graphs: type[RecordedGraph],
+) -> None:
+    for turn in (0, 1):
+        answers = [None, None]
+        answers[turn] = "it failed: ValueError: there"  # type: ignore[call-overload]
+        call, _, _ = graphed(0.2, 0.1, agree=lambda mine, a=answers: a.pop(0), must=True)  # type: ignore[misc]
+        with pytest.raises(ValueError, match=r"a CUDA graph is not possible: it failed: .*there"):
+            for _ in range(30):
+                call()
 
 
 class Breaking(Counter):

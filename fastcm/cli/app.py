@@ -27,13 +27,8 @@ from fastcm.cli.plan import plan
 from fastcm.cli.sample import sample
 from fastcm.cli.train import train
 from fastcm.training import NonFiniteError
-from fastcm.training.parallel import (
-    Disagreement,
-    PeerError,
-    launched,
-    meeting_place,
-    shown_elsewhere,
-)
+from fastcm.training.parallel import launched, meeting_place, shown_elsewhere
+from fastcm.training.processes import Disagreement, PeerError
 
 app = typer.Typer(
     help="Train, distil and sample few-step generative models.",

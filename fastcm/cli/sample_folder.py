@@ -35,7 +35,7 @@ from fastcm.runs.checkpoint import digest
 from fastcm.runs.files import replace_file
 from fastcm.sampling import Sampler
 from fastcm.training.interrupt import StopSignals
-from fastcm.training.parallel import Processes
+from fastcm.training.processes import Processes
 
 FORMATS = ("png", "npz", PAIRS)
 _END = 2**32  # of the indices

@@ -20,7 +20,8 @@ from fastcm.cli.runs import RUN_FILE, open_run
 from fastcm.runs.files import replace_file
 from fastcm.sampling import Sampler, append_weight
 from fastcm.training import Trainer
-from fastcm.training.parallel import Processes, joined, launched, local_device
+from fastcm.training.parallel import joined, launched, local_device
+from fastcm.training.processes import Processes
 from fastcm.training.profiler import Profiler
 from fastcm.training.trainer import Callback
 

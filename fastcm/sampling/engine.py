@@ -20,6 +20,7 @@ from fastcm.precision import Autocast, Precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops
 from fastcm.sampling.functions import SOLVERS, SolverName
+from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 from fastcm.sampling.guidance import Evaluator, Weight
 from fastcm.sampling.levels import levels
 from fastcm.sampling.steps import Churn, ode_steps
@@ -75,19 +76,19 @@ class Engine:
             _half(network) for network in (self.eager, self.eager_guide) if network is not None
         }
         self._input_dtype = halves.pop() if len(halves) == 1 else None
-        self._cache: graphs.GraphCache | None = None
+        self._cache: GraphCache | None = None
         possible = graphs.available(device)
         if graph == "on" and not possible:
             raise ValueError(f"graph='on' needs a GPU, the sampler is on {device}")
         if graph != "off" and possible:
-            self._cache = graphs.GraphCache(
+            self._cache = GraphCache(
                 device, moved=lambda: Addresses(net, *self._guides), must=graph == "on", log=log
             )
         self.has_few_shapes = compile or self._cache is not None
         calls = EVALUATIONS.get(solver, 1) if method == "ode" else 1
         evaluations = calls * (len(times) - 1) + 1
         self._is_whole = evaluations <= WHOLE
-        decide = graphs.CALLS_TO_DECIDE if self._cache is not None else 1
+        decide = CALLS_TO_DECIDE if self._cache is not None else 1
         self.calls_to_prepare = decide if self._is_whole else -(-decide // evaluations)
 
     def __call__(

@@ -15,7 +15,7 @@ from fastcm.runs import checkpoint, frozen
 from fastcm.runs.checkpoint import NULL, CheckpointError
 from fastcm.runs.description import differences
 from fastcm.training.optimizer_state import check_optimizer
-from fastcm.training.parallel import Processes
+from fastcm.training.processes import Processes
 from fastcm.training.sharded_state import wanted
 from fastcm.training.state import State
 

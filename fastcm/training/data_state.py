@@ -11,7 +11,7 @@ from fastcm.data.sources import IterableData
 from fastcm.runs.checkpoint import Checkpoint
 from fastcm.runs.files import CheckpointError
 from fastcm.runs.nested import flatten, unflatten
-from fastcm.training.parallel import Processes
+from fastcm.training.processes import Processes
 
 GROUP = "data"
 """Of the tensors in a checkpoint."""

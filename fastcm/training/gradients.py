@@ -23,7 +23,7 @@ from fastcm.tracing import part
 from fastcm.training.blocks import compile_blocks
 from fastcm.training.half_weights import HalfWeights, half_weights
 from fastcm.training.mean_gradients import MeanGradients
-from fastcm.training.parallel import Processes, lost_peers
+from fastcm.training.processes import Processes, lost_peers
 from fastcm.training.sharded import Sharding
 
 Compile = Literal["auto", "regional"] | bool

@@ -26,7 +26,8 @@ class MeanGradients:
     """Calls of a loss whose backward leaves the mean of all processes' gradients.
 
     The whole loss is one call of DistributedDataParallel, however often the objective calls its
-    networks, and the gradients travel while backward still computes earlier ones.
+    networks, and the gradients travel while backward still computes earlier ones. On a GPU make it
+    on the stream of the steps: a CUDA graph of one holds these calls, all but the first ten.
 
     Args:
         parameters: that are trained.
@@ -36,6 +37,10 @@ class MeanGradients:
     def __init__(self, parameters: list[nn.Parameter], *, idle: bool) -> None:
         self._ddp = nn.parallel.DistributedDataParallel(
             _Calls(parameters), find_unused_parameters=idle, gradient_as_bucket_view=True
+        )
+        # it times some steps with events, which are not to be looked at in a graph
+        self._ddp._set_ddp_runtime_logging_sample_rate(  # type: ignore[no-untyped-call]
+            2**31 - 1
         )
 
     def __call__(self, loss: Callable[..., T], *arguments: Any, last: bool = True) -> T:

@@ -13,7 +13,7 @@ from fastcm.runs.files import clear
 from fastcm.runs.lock import RunLock
 from fastcm.training.checkpoint import contents
 from fastcm.training.logging import MetricsFile
-from fastcm.training.parallel import Processes
+from fastcm.training.processes import Processes
 from fastcm.training.settings import Settings
 from fastcm.training.sharded_state import divided
 from fastcm.training.state import State

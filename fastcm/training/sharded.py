@@ -23,7 +23,8 @@ from fastcm.runs.description import describe
 from fastcm.sharding.dtensors import local, reshard
 from fastcm.sharding.spread import check_network, forget, spread
 from fastcm.training.filling import Filling, rebind
-from fastcm.training.parallel import Parallel, Processes, shards
+from fastcm.training.parallel import Parallel, shards
+from fastcm.training.processes import Processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

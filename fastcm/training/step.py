@@ -23,7 +23,7 @@ from fastcm.optim.one_sweep import OneSweep
 from fastcm.rng import NoiseKey
 from fastcm.tracing import part
 from fastcm.training.gradients import Gradients
-from fastcm.training.parallel import lost_peers
+from fastcm.training.processes import lost_peers
 from fastcm.training.update import Update
 
 Graph = Literal["auto", "step", "off"]
@@ -40,7 +40,8 @@ class Step:
         key: where the noise stands; advanced by every step.
         rows: of the batch, those of this process; None for all.
         graph: "step" captures the whole step in a CUDA graph, "auto" does if that is faster,
-            "off" does not. Only a GPU and an optimizer of this package can, in one process.
+            "off" does not. Only a GPU and an optimizer of this package can, and of several
+            processes all or none, whose gradients travel by NCCL within the graph.
         log: receives one line about what "auto" chose.
 
     Raises:
@@ -84,6 +85,7 @@ class Step:
                 moved=self._moved,
                 obstacle=self._without_gradient,
                 release=partial(optimizer.zero_grad, set_to_none=True),
+                agree=gradients.processes.first_reason,
                 must=graph == "step",
                 log=log,
             )
@@ -96,17 +98,23 @@ class Step:
             return (
                 f"{type(self._optimizer).__name__} keeps its scalars on the host: use fastcm.AdamW"
             )
-        if self.gradients.processes.joined:
-            return "several processes average their gradients within the step"
+        if self.gradients.spread is not None:
+            return "shards of the networks are gathered and freed within the step"
+        carrier = self.gradients.processes.carrier(self.key.device)
+        if carrier not in (None, "nccl"):
+            return f"gradients travel by {carrier}, and a CUDA graph holds those of nccl alone"
         if self.gradients.masks_are_shared:
             return "student and target share dropout masks, which a graph would draw anew"
         return None
 
     def _moved(self) -> bool:
-        """Whether a captured step is void; what changed on the host is sent to the device."""
+        """Whether a captured step is void, in one of the processes at least.
+
+        What changed on the host is sent to the device.
+        """
         self.gradients.refresh()
         assert isinstance(self._optimizer, OneSweep)
-        return self._optimizer.prepare()
+        return self.gradients.processes.any(self._optimizer.prepare())
 
     def _without_gradient(self) -> str | None:
         """Asked after some steps, before one is captured."""

@@ -22,7 +22,7 @@ from fastcm.evaluation.pictures import to_uint8
 from fastcm.networks import MLP
 from fastcm.runs.files import WRITING, create_file
 from fastcm.sampling import Sampler
-from fastcm.training.parallel import Processes
+from fastcm.training.processes import Processes
 
 IMAGE, CLASSES = (3, 4, 5), 3
 

@@ -18,7 +18,8 @@ from test_sample_folder import files
 from fastcm.cli.filled import share
 from fastcm.cli.train import _resuming
 from fastcm.runs.checkpoint import list_checkpoints, load
-from fastcm.training.parallel import Processes, local_device
+from fastcm.training.parallel import local_device
+from fastcm.training.processes import Processes
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fastcm
 from fastcm import Sampler
-from fastcm.graphs import CALLS_TO_DECIDE
 from fastcm.networks import MLP
 from fastcm.sampling.engine import batches
+from fastcm.sampling.graph_cache import CALLS_TO_DECIDE
 
 
 class Pointwise(nn.Module):

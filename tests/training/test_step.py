@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import BACKENDS
 from recorded_graphs import RecordedGraph
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from fastcm.training import NonFiniteError, finite
 from fastcm.training.blocks import compile_blocks
 from fastcm.training.gradients import Gradients
 from fastcm.training.logging import Reading
+from fastcm.training.processes import Processes
 
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
@@ -228,6 +230,39 @@ def test_a_replayed_run_is_bitwise_the_launched_one(
         assert torch.equal(p, q)
     assert recorded_graphs.made == 1 and recorded_graphs.replays == 14
     assert launched.metrics["loss"] == replayed.metrics["loss"]
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", ["flow", "ct", "cd"])
+def test_a_replayed_run_of_a_process_group_is_bitwise_the_launched_one(
+    method: str,
+    accumulate: int,
+    recorded_graphs: type[RecordedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    group_of_one: None,
+) -> None:
+    """What averages the gradients is in the graph."""
+    monkeypatch.setattr(Processes, "carrier", lambda self, device: "nccl")
+    runs = captured(method, monkeypatch, parallel="ddp", accumulate=accumulate)
+    for p, q in zip(*(state(t.fit(30)) for t in runs)):
+        assert torch.equal(p, q)
+    assert recorded_graphs.made == 1 and recorded_graphs.replays == 14
+    reduced = [str(call[0]) for call in recorded_graphs.last.calls]
+    assert reduced.count("c10d.allreduce_.default") == 1
+
+
+def test_gradients_that_travel_through_the_host_keep_a_step_out_of_a_graph(
+    recorded_graphs: type[RecordedGraph], group_of_one: None
+) -> None:
+    with pytest.raises(ValueError, match="gradients travel by gloo, and a CUDA graph holds"):
+        trainer(graph="step", parallel="ddp")
 
 
 def test_a_replayed_run_goes_on_from_a_load(
