@@ -11,8 +11,13 @@ PREFIX = "fastcm: "
 _NOTHING = nullcontext()
 
 
+def is_profiled() -> bool:
+    """Whether a profiler of this thread records."""
+    return _profiler_enabled()
+
+
 def part(name: str) -> AbstractContextManager[object]:
     """A range of that name while a profiler of this thread records; without one, nothing."""
-    if not _profiler_enabled():
+    if not is_profiled():
         return _NOTHING
     return record_function(PREFIX + name)

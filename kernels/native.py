@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -92,24 +93,27 @@ def load(dtype: torch.dtype) -> Library | None:
 
 
 @functools.cache
-def pointwise(name: str) -> Callable[[bytes], None] | None:
+def pointwise(name: str) -> Callable[[bytes], int] | None:
     """A function of the pointwise kernels, or None, with one warning, where there is no compiler.
 
-    It takes the bytes of the structure that its .cpp declares as its arguments, checks dtypes and
-    sizes itself, and raises `Refused` before it touches memory.
+    It takes the bytes of the structure that its .cpp declares as its arguments, and checks dtypes
+    and sizes itself, before it touches memory: what it returns is 0, or for `refuse`.
     """
     library = _library(POINTWISE)
     if library is None:
         return None
-    function = getattr(library, name)
-    function.argtypes = (ctypes.c_char_p,)
+    function: Callable[[bytes], int] = getattr(library, name)
+    function.argtypes = (ctypes.c_char_p,)  # type: ignore[attr-defined]
+    return function
 
-    def call(arguments: bytes) -> None:
-        error = function(arguments)
-        if error:
-            raise Refused(f"{name}: {_REFUSALS[error - 1]}")
 
-    return call
+def refuse(name: str, error: int) -> NoReturn:
+    """Raise what a function of the pointwise kernels returned.
+
+    Raises:
+        Refused: always.
+    """
+    raise Refused(f"{name}: {_REFUSALS[error - 1]}")
 
 
 @functools.cache

@@ -86,7 +86,7 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
                 "sample and their noise depends on the index of the sample; make the mapped "
                 "dimension part of the batch"
             )
-        kernels = kernels and on_gpu(t) and t.dtype != torch.float64
+        kernels = kernels and not t.is_cpu and on_gpu(t) and t.dtype != torch.float64
         native = native and t.is_cpu and t.dtype in _NATIVE and not (tracked and t.requires_grad)
     if kernels:
         return Door.KERNEL

@@ -21,9 +21,9 @@ from fastcm.ops.operands import coefficient, layout, optional, restored, same_no
 from fastcm.ops.reference import Denoised, Noised
 from fastcm.ops.registered import METRICS
 from fastcm.rng import NoiseKey
-from fastcm.tracing import part
+from fastcm.tracing import is_profiled, part
 
-_CODES = {
+CODES = {
     torch.float32: 1,
     torch.bfloat16: 2,
     torch.float16: 3,
@@ -32,38 +32,43 @@ _CODES = {
     torch.int64: 6,
 }
 _NOTHING = (0, 0, 0)
-_NO_NOISE = 3 * _NOTHING + (0, 0)
+NO_NOISE = 3 * _NOTHING + (0, 0)
 _CPU = torch.device("cpu")
 
 
 def _call(name: str, like: Sequence[int], *arguments: float, form: str = "") -> None:
     """Call a function with its structure: B, D and the threads, then the arguments."""
-    elements = math.prod(like[1:])
     function = native.pointwise(name)
     assert function is not None
-    threads = torch.get_num_threads()
     form = form or f"{3 + len(arguments)}q"
-    with part(name):
-        function(struct.pack(form, like[0], elements, threads, *arguments))
+    threads = torch.get_num_threads()
+    given = struct.pack(form, like[0], math.prod(like[1:]), threads, *arguments)
+    if is_profiled():
+        with part(name):
+            error = function(given)
+    else:
+        error = function(given)
+    if error:
+        native.refuse(name, error)
 
 
-def _tensor(t: Tensor | None) -> tuple[int, int, int]:
+def packed(t: Tensor | None) -> tuple[int, int, int]:
     """A contiguous tensor as the structures hold it."""
-    return _NOTHING if t is None else (t.data_ptr(), _CODES[t.dtype], t.numel())
+    return _NOTHING if t is None else (t.data_ptr(), CODES[t.dtype], t.numel())
 
 
 def _state(x: Tensor | Noised) -> tuple[tuple[int, ...], object]:
     """A tensor or closed form as the structures hold it, and what must live as long as the call."""
     if isinstance(x, Tensor):
         x = x.contiguous()
-        return (x.data_ptr(), _CODES[x.dtype], x.numel(), *_NO_NOISE), x
+        return (x.data_ptr(), CODES[x.dtype], x.numel(), *NO_NOISE), x
     held = (
         x.x0.contiguous(),
         coefficient(x.alpha),
         coefficient(x.sigma),
         x.key.tensor.contiguous(),
     )
-    return (*(number for t in held for number in _tensor(t)), x.stream, x.first_sample), held
+    return (*(number for t in held for number in packed(t)), x.stream, x.first_sample), held
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ def _noise(
     shape: Sequence[int], key: Tensor, stream: int, first_sample: int, dtype: torch.dtype
 ) -> Tensor:
     key, out = key.contiguous(), torch.empty(shape, dtype=dtype, device=_CPU)
-    _call("noise", shape, *_tensor(key), stream, first_sample, *_tensor(out))
+    _call("noise", shape, *packed(key), stream, first_sample, *packed(out))
     return out
 
 
@@ -99,7 +104,7 @@ def uniform(count: int, key: NoiseKey, *, stream: int, first_sample: int) -> Ten
 
 def _uniform(count: int, key: Tensor, stream: int, first_sample: int) -> Tensor:
     key, out = key.contiguous(), torch.empty(count, dtype=torch.float64, device=_CPU)
-    _call("uniform", (count,), *_tensor(key), stream, first_sample, *_tensor(out))
+    _call("uniform", (count,), *packed(key), stream, first_sample, *packed(out))
     return out
 
 
@@ -131,7 +136,7 @@ def _noising(
     state, _held = _state(Noised(x0, alpha, sigma, NoiseKey.wrap(key), stream, first_sample))
     out = [torch.empty(x0.shape, dtype=out_dtype, device=_CPU) for _ in alpha]
     second = out[1] if len(out) > 1 else None
-    _call("noising", x0.shape, *state, *_tensor(out[0]), *_tensor(second))
+    _call("noising", x0.shape, *state, *packed(out[0]), *packed(second))
     return out
 
 
@@ -144,7 +149,7 @@ def boundary(x: Tensor | Noised, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x, F = x_, F_
     F, a, b = F.contiguous(), coefficient(a), coefficient(b)
     (state, _held), out = _state(x), _empty(F)
-    operands = (*_tensor(F), *_tensor(a), *_tensor(b), *_tensor(out))
+    operands = (*packed(F), *packed(a), *packed(b), *packed(out))
     _call("boundary", F.shape, *state, *operands)
     return restored(out, back)
 
@@ -154,7 +159,7 @@ def scale(g: Tensor, c: Tensor, out_dtype: torch.dtype) -> Tensor:
     (g_,), back = layout(g)
     assert g_ is not None
     c_, out = optional(c), torch.empty(g_.shape, dtype=out_dtype, device=_CPU)
-    _call("scale", g_.shape, *_tensor(g_), *_tensor(c_), *_tensor(out))
+    _call("scale", g_.shape, *packed(g_), *packed(c_), *packed(out))
     return restored(out, back)
 
 
@@ -183,7 +188,7 @@ def euler_step(
     if input_dtype is not None:
         second = torch.empty(v.shape, dtype=input_dtype, device=_CPU)
     tensors = (v, rows[0], v_uncond, *rows[1:], out, second)
-    _call("euler_step", v.shape, *state, *(n for t in tensors for n in _tensor(t)))
+    _call("euler_step", v.shape, *state, *(n for t in tensors for n in packed(t)))
     return restored(out, back), None if second is None else restored(second, back)
 
 
@@ -218,9 +223,9 @@ def _sampler_update(
     out = _empty(x)
     wanted = input_dtype is not None
     second = torch.empty(x.shape if wanted else 0, dtype=input_dtype or x.dtype, device=_CPU)
-    packed = [n for t in tensors for n in _tensor(t)]
-    results = *_tensor(out), *_tensor(second if wanted else None)
-    _call("sampler_update", x.shape, *packed, stream, first_sample, *results)
+    operands = [n for t in tensors for n in packed(t)]
+    results = *packed(out), *packed(second if wanted else None)
+    _call("sampler_update", x.shape, *operands, stream, first_sample, *results)
     return out, second
 
 
@@ -293,19 +298,19 @@ def consistency_loss_and_gradient(
     _call(
         "consistency_loss",
         F.shape,
-        *_tensor(F),
+        *packed(F),
         *x_state,
-        *_tensor(rows[0]),
-        *_tensor(rows[1]),
+        *packed(rows[0]),
+        *packed(rows[1]),
         *y_state,
         int(shared),
-        *_tensor(target_F),
-        *(n for t in rows[2:] for n in _tensor(t)),
+        *packed(target_F),
+        *(n for t in rows[2:] for n in packed(t)),
         METRICS.index(type(metric)),
         c,
         1.0 / max(len(F), 1),
-        *_tensor(values),
-        *_tensor(gradient),
+        *packed(values),
+        *packed(gradient),
         form=_LOSS,
     )
     return values, gradient

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcm import graphs, ops, rng
+from fastcm import graphs
 from fastcm.networks.conditions import Null, each
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
@@ -22,6 +22,7 @@ from fastcm.sampling import loops
 from fastcm.sampling.functions import SOLVERS, SolverName
 from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 from fastcm.sampling.guidance import Evaluator, Weight
+from fastcm.sampling.held import noise
 from fastcm.sampling.levels import levels
 from fastcm.sampling.steps import Churn, ode_steps
 
@@ -162,7 +163,7 @@ class Engine:
         for module in self._guides:
             in_training += to_eval(module)
         try:
-            z = ops.noise(shape, key, stream=rng.SAMPLE)
+            z = noise(shape, key)
             return self.solve(net, guide, z, key, cond, whole)
         finally:
             to_training(in_training)
@@ -313,11 +314,19 @@ def to_eval(net: nn.Module) -> list[nn.Module]:
         if children:
             modules.extend(children.values())
         if module.training:
-            module.training = False
+            _set_training(module, False)
             in_training.append(module)
     return in_training
 
 
 def to_training(modules: Sequence[nn.Module]) -> None:
     for module in modules:
-        module.training = True
+        _set_training(module, True)
+
+
+def _set_training(module: nn.Module, value: bool) -> None:
+    """As ``module.training = value``, which looks for parameters and buffers of the name first."""
+    if "training" in module.__dict__:
+        module.__dict__["training"] = value
+    else:  # a module of TorchScript keeps it elsewhere
+        module.training = value

@@ -11,7 +11,6 @@ a network needs no unconditional rows.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Union
@@ -23,9 +22,9 @@ from fastcm import ops
 from fastcm.networks.conditions import Null, check_rows, joined, unconditional
 from fastcm.networks.guidance import check_rescale, guided
 from fastcm.networks.protocol import Network, check_output
-from fastcm.ops.dispatch import is_traced
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
+from fastcm.sampling.held import Rows, few, held_boundary, held_rows, rows
 from fastcm.sampling.levels import Level
 
 Weight = Union[float, Tensor]
@@ -33,31 +32,6 @@ Weight = Union[float, Tensor]
 
 Guidance = Union[Weight, Sequence[Weight], Callable[[float], Weight]]
 """A weight, one per evaluation time (also ``[times, B]``), or a schedule w(t)."""
-
-
-Rows = Callable[[Tensor, float], Tensor]
-
-
-def rows(x: Tensor, value: float) -> Tensor:
-    """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
-    return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
-
-
-SMALL = 64
-"""Samples up to which coefficients are held from call to call: there a call is short."""
-
-
-def held_rows(x: Tensor, value: float) -> Tensor:
-    """As `rows`, of at most `SMALL` plain samples on a CPU, made once. Not to be written to."""
-    if value == 0.0:  # 0.0 and -0.0 are equal
-        return rows(x, value)
-    return _held(x.shape[0], value, compute_dtype(x))
-
-
-@functools.lru_cache(1024)
-def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # else it could not be saved for a backward pass later
-        return torch.full((n,), value, dtype=dtype, device="cpu")
 
 
 class Guided(NamedTuple):
@@ -76,7 +50,8 @@ class Guided(NamedTuple):
         """a x + b (F_u + w (F - F_u)) in one pass, float32 (float64 if x or F is)."""
         rows = self.rows
         if self.F_uncond is None:
-            return ops.boundary(x, self.F, rows(x, a), rows(x, b))
+            out = held_boundary(x, self.F, a, b) if rows is held_rows else None
+            return ops.boundary(x, self.F, rows(x, a), rows(x, b)) if out is None else out
         return ops.euler_step(
             x,
             self.F,
@@ -176,8 +151,11 @@ class Evaluator:
         input_dtype: torch.dtype | None = None,
         rescale: float | None = None,
     ) -> None:
-        check_rows(cond, len(z))
-        check_rescale(rescale)
+        count = z.shape[0]
+        if cond is not None:
+            check_rows(cond, count)
+        if rescale is not None:
+            check_rescale(rescale)
         self._net, self._guide, self._cond = net, guide, cond
         self._both: Any = None
         self._weights, self._dtype, self._rescale = weights, input_dtype, rescale
@@ -186,8 +164,7 @@ class Evaluator:
                 raise ValueError(f"{name} needs guidance, the weight of it, got None")
         if weights is not None and guide is None:
             self._both = _both(cond, null_condition)
-        held = len(z) <= SMALL and not torch.compiler.is_compiling() and z.is_cpu
-        self.rows: Rows = held_rows if held and not is_traced(z) else rows
+        self.rows: Rows = held_rows if few(z, count) else rows
 
     def ahead(self, x: Tensor, to: Level) -> dict[str, Any]:
         """What asks the pass that moves x ``[B, ...]`` to a level for the network's input there.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastcm import ops, rng
 from fastcm.rng import NoiseKey
-from fastcm.sampling.guidance import Evaluator, Rows
+from fastcm.sampling.guidance import Evaluator
+from fastcm.sampling.held import Rows
 from fastcm.sampling.levels import Level
 from fastcm.sampling.solvers import Solver
 from fastcm.sampling.steps import Step

@@ -203,7 +203,6 @@ class Sampler:
         p = parameterization_from(state["parameterization"])
         return cls(net, p, device=device, **options)  # type: ignore[arg-type]
 
-    @torch.no_grad()
     def __call__(
         self,
         n: int | Sequence[int],
@@ -232,6 +231,17 @@ class Sampler:
                 does not fit, or without guide, cond or null_condition.
         """
         shape = self._checked(n, seed, first_sample, cond)
+        tracked = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)  # a decorator would cost a short call more than that
+        try:
+            return self._drawn(shape, seed, first_sample, cond, guidance)
+        finally:
+            torch.set_grad_enabled(tracked)
+
+    def _drawn(
+        self, shape: tuple[int, ...], seed: int, first_sample: int, cond: Any, guidance: Any
+    ) -> Tensor:
+        """Samples of a shape that can be asked for; without gradient."""
         n = shape[0]
         weights = None if guidance is None else self._weights(guidance, n)
         if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
@@ -331,6 +341,7 @@ class Sampler:
         check_key(seed, first_sample=first_sample)
         if first_sample + shape[0] > 2**32:
             raise ValueError(f"first_sample + n must be <= 2**32, got {first_sample} + {shape[0]}")
-        check_rows(cond, shape[0])
-        check_labels(cond, self.net)
+        if cond is not None:
+            check_rows(cond, shape[0])
+            check_labels(cond, self.net)
         return shape

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from fastcm import ops
-from fastcm.sampling.guidance import Evaluator, Guided, Rows, rows
+from fastcm.sampling.guidance import Evaluator, Guided
+from fastcm.sampling.held import Rows, rows
 from fastcm.sampling.levels import Level
 from fastcm.sampling.steps import Step
 

@@ -23,15 +23,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def called(name: str, packed: bytes) -> None:
+    function = library.pointwise(name)
+    assert function is not None
+    if error := function(packed):
+        library.refuse(name, error)
+
+
 def test_a_tensor_of_another_dtype_or_size_is_refused_before_memory_is_touched() -> None:
     key, out = KEY.tensor, torch.zeros(6)
 
     def noise(out: Tensor | None, dtype: int, numel: int, key_dtype: int = 6) -> None:
         at = 0 if out is None else out.data_ptr()
         packed = struct.pack("11q", 2, 3, 1, key.data_ptr(), key_dtype, 3, 0, 0, at, dtype, numel)
-        function = library.pointwise("noise")
-        assert function is not None
-        function(packed)
+        called("noise", packed)
 
     noise(out, 1, 6)
     assert out.abs().min() > 0
@@ -53,9 +58,7 @@ def test_noise_is_shared_by_closed_forms_only() -> None:
         packed = [2, 3, 1, *float32[0], *float32[1], *stored, *float32[2], *float32[2]]
         packed += [*float32[3], *stored, shared, *nothing * 4, 0]
         tail = [values.data_ptr(), 1, 2, *float32[4]]
-        function = library.pointwise("consistency_loss")
-        assert function is not None
-        function(struct.pack(f"{len(packed)}q2d6q", *packed, 0.0, 1.0, *tail))
+        called("consistency_loss", struct.pack(f"{len(packed)}q2d6q", *packed, 0.0, 1.0, *tail))
 
     loss(0)
     with pytest.raises(library.Refused, match="noise that two tensors share is in closed form"):

@@ -1,0 +1,89 @@
+"""Native operators with all but their samples given once.
+
+They are for few samples, whose arithmetic takes less time than what surrounds it. Operands are
+those that `fastcm.ops.dispatch.door` sends to native code.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastcm.kernels import native
+from fastcm.ops.native import CODES, NO_NOISE, packed
+from fastcm.tracing import is_profiled
+
+_FLOAT32 = CODES[torch.float32]
+_OUTPUTS = {dtype: CODES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+"""Of a network."""
+
+
+def noise(shape: Sequence[int], stream: int) -> Callable[[Tensor], Tensor | None]:
+    """`fastcm.ops.noise` of this shape, float32.
+
+    Args:
+        shape: ``[B, ...]``.
+        stream: see `fastcm.ops.noise`.
+
+    Returns:
+        A function of a key's contiguous tensor; None while a profiler records, which is to see it.
+    """
+    function, size = native.pointwise("noise"), tuple(shape)
+    assert function is not None
+    B, D, n = size[0], math.prod(size[1:]), math.prod(size)
+    pack, code = struct.Struct("11q").pack, CODES[torch.int64]
+
+    def call(key: Tensor) -> Tensor | None:
+        if is_profiled():
+            return None
+        out, threads = torch.empty(size, dtype=torch.float32, device="cpu"), torch.get_num_threads()
+        at = (key.data_ptr(), code, 3, stream, 0)
+        error = function(pack(B, D, threads, *at, out.data_ptr(), _FLOAT32, n))
+        if error:
+            native.refuse("noise", error)
+        return out
+
+    return call
+
+
+def boundary(
+    shape: Sequence[int], a: Tensor, b: Tensor
+) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """`fastcm.ops.boundary` for given coefficients.
+
+    Args:
+        shape: ``[B, ...]``.
+        a, b: ``[B]``, contiguous, which must stay as they are.
+
+    Returns:
+        A function of x and F; None where they are not contiguous, x is not float32, F is no plain
+        tensor of the CPU in float32 or half precision, autograd is to differentiate, or a profiler
+        records.
+    """
+    function = native.pointwise("boundary")
+    assert function is not None
+    B, D, n = shape[0], math.prod(shape[1:]), math.prod(shape)
+    rows, held = (*packed(a), *packed(b)), (a, b)
+    pack = struct.Struct(f"{3 + 3 + len(NO_NOISE) + 4 * 3}q").pack
+
+    def call(x: Tensor, F: Tensor) -> Tensor | None:
+        code = _OUTPUTS.get(F.dtype)
+        if code is None or x.dtype is not torch.float32 or is_profiled():
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or F.requires_grad):
+            return None
+        if not (type(F) is Tensor and F.is_cpu and x.is_contiguous() and F.is_contiguous()):
+            return None
+        assert held  # for as long as their addresses are used
+        out, threads = torch.empty_like(x), torch.get_num_threads()
+        operands = (x.data_ptr(), _FLOAT32, n, *NO_NOISE, F.data_ptr(), code, n, *rows)
+        error = function(pack(B, D, threads, *operands, out.data_ptr(), _FLOAT32, n))
+        if error:
+            native.refuse("boundary", error)
+        return out
+
+    return call

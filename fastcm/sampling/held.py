@@ -1,0 +1,72 @@
+"""Coefficients of a sampler's maps, which are one number for all samples, as rows of them.
+
+Of few samples on a CPU they are made once and held from call to call, and so is what the operators
+need to be called with them: there a call is short, and what surrounds it counts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastcm import ops, rng
+from fastcm.ops import prepared
+from fastcm.ops.dispatch import Door, door
+from fastcm.ops.reference import compute_dtype
+from fastcm.rng import NoiseKey
+
+Rows = Callable[[Tensor, float], Tensor]
+
+SMALL = 64
+"""Samples up to which coefficients are held."""
+
+
+def few(x: Tensor, count: int) -> bool:
+    """Whether `count` samples are few, and native code takes a tensor such as x."""
+    return count <= SMALL and door(x) is Door.NATIVE
+
+
+def rows(x: Tensor, value: float) -> Tensor:
+    """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
+    return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
+
+
+def held_rows(x: Tensor, value: float) -> Tensor:
+    """As `rows`, of at most `SMALL` plain samples on a CPU, made once. Not to be written to."""
+    if value == 0.0:  # 0.0 and -0.0 are equal
+        return rows(x, value)
+    return _held(x.shape[0], value, compute_dtype(x))
+
+
+def noise(shape: tuple[int, ...], key: NoiseKey) -> Tensor:
+    """What a sampler starts from, `fastcm.ops.noise` of its first stream."""
+    out = _noise(shape)(key.tensor) if few(key.tensor, shape[0]) else None
+    return ops.noise(shape, key, stream=rng.SAMPLE) if out is None else out
+
+
+def held_boundary(x: Tensor, F: Tensor, a: float, b: float) -> Tensor | None:
+    """a x + b F where `held_rows` serves x; None where that takes the operator itself."""
+    if a == 0.0 or b == 0.0:
+        return None
+    return _boundary(x.shape, a, b)(x, F)
+
+
+@functools.lru_cache(1024)
+def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # else it could not be saved for a backward pass later
+        return torch.full((n,), value, dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(256)
+def _noise(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor | None]:
+    return prepared.noise(shape, rng.SAMPLE)
+
+
+@functools.lru_cache(256)
+def _boundary(
+    shape: tuple[int, ...], a: float, b: float
+) -> Callable[[Tensor, Tensor], Tensor | None]:
+    return prepared.boundary(shape, *(_held(shape[0], v, torch.float32) for v in (a, b)))
