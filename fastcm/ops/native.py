@@ -31,8 +31,8 @@ CODES = {
     torch.float64: 5,
     torch.int64: 6,
 }
-_NOTHING = (0, 0, 0)
-NO_NOISE = 3 * _NOTHING + (0, 0)
+NOTHING = (0, 0, 0)
+NO_NOISE = 3 * NOTHING + (0, 0)
 _CPU = torch.device("cpu")
 
 
@@ -54,7 +54,7 @@ def _call(name: str, like: Sequence[int], *arguments: float, form: str = "") -> 
 
 def packed(t: Tensor | None) -> tuple[int, int, int]:
     """A contiguous tensor as the structures hold it."""
-    return _NOTHING if t is None else (t.data_ptr(), CODES[t.dtype], t.numel())
+    return NOTHING if t is None else (t.data_ptr(), CODES[t.dtype], t.numel())
 
 
 def _state(x: Tensor | Noised) -> tuple[tuple[int, ...], object]:

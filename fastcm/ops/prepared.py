@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcm.kernels import native
-from fastcm.ops.native import CODES, NO_NOISE, packed
+from fastcm.ops.native import CODES, NO_NOISE, NOTHING, packed
 from fastcm.tracing import is_profiled
 
 _FLOAT32 = CODES[torch.float32]
@@ -71,12 +71,8 @@ def boundary(
     pack = struct.Struct(f"{3 + 3 + len(NO_NOISE) + 4 * 3}q").pack
 
     def call(x: Tensor, F: Tensor) -> Tensor | None:
-        code = _OUTPUTS.get(F.dtype)
-        if code is None or x.dtype is not torch.float32 or is_profiled():
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or F.requires_grad):
-            return None
-        if not (type(F) is Tensor and F.is_cpu and x.is_contiguous() and F.is_contiguous()):
+        code = _code(x, F)
+        if code is None:
             return None
         assert held  # for as long as their addresses are used
         out, threads = torch.empty_like(x), torch.get_num_threads()
@@ -87,3 +83,52 @@ def boundary(
         return out
 
     return call
+
+
+def sampler_update(
+    shape: Sequence[int], a: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor, stream: int
+) -> Callable[[Tensor, Tensor, Tensor, int], Tensor | None]:
+    """`fastcm.ops.sampler_update` for given coefficients, without guidance or a second result.
+
+    Args:
+        shape: ``[B, ...]``.
+        a, b, alpha, sigma: ``[B]``, contiguous, which must stay as they are.
+        stream: of the noise.
+
+    Returns:
+        A function of x, F, the key's tensor and the first sample; None as `boundary`.
+    """
+    function = native.pointwise("sampler_update")
+    assert function is not None
+    B, D, n = shape[0], math.prod(shape[1:]), math.prod(shape)
+    held = (a, b, alpha, sigma)
+    rows = tuple(number for c in held for number in packed(c))
+    pack, int64 = struct.Struct(f"{3 + 7 * 3 + 3 * 3 + 2 + 2 * 3}q").pack, CODES[torch.int64]
+    absent, second = 3 * NOTHING, NOTHING
+
+    def call(x: Tensor, F: Tensor, key: Tensor, first_sample: int) -> Tensor | None:
+        code = _code(x, F)
+        if code is None or not key.is_contiguous():
+            return None
+        assert held  # for as long as their addresses are used
+        out, threads = torch.empty_like(x), torch.get_num_threads()
+        operands = (x.data_ptr(), _FLOAT32, n, F.data_ptr(), code, n, *rows)
+        noise = (key.data_ptr(), int64, 3, *absent, stream, first_sample)
+        result = (out.data_ptr(), _FLOAT32, n, *second)
+        error = function(pack(B, D, threads, *operands, *noise, *result))
+        if error:
+            native.refuse("sampler_update", error)
+        return out
+
+    return call
+
+
+def _code(x: Tensor, F: Tensor) -> int | None:
+    """Of the dtype of F, where native code can read both and nobody else has to see them."""
+    code = _OUTPUTS.get(F.dtype)
+    if code is None or x.dtype is not torch.float32 or is_profiled():
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or F.requires_grad):
+        return None
+    plain = type(F) is Tensor and F.is_cpu and x.is_contiguous() and F.is_contiguous()
+    return code if plain else None

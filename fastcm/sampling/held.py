@@ -16,6 +16,7 @@ from fastcm import ops, rng
 from fastcm.ops import prepared
 from fastcm.ops.dispatch import Door, door
 from fastcm.ops.reference import compute_dtype
+from fastcm.ops.validation import check_noise
 from fastcm.rng import NoiseKey
 
 Rows = Callable[[Tensor, float], Tensor]
@@ -54,6 +55,25 @@ def held_boundary(x: Tensor, F: Tensor, a: float, b: float) -> Tensor | None:
     return _boundary(x.shape, a, b)(x, F)
 
 
+def held_update(
+    x: Tensor,
+    F: Tensor,
+    coefficients: tuple[float, float, float, float],
+    key: NoiseKey,
+    stream: int,
+    first_sample: int,
+) -> Tensor | None:
+    """`fastcm.ops.sampler_update` with (a, b, alpha, sigma), as `held_boundary`.
+
+    Raises:
+        ValueError, TypeError: a key of another device or kind, first_sample out of range.
+    """
+    check_noise(key, stream, first_sample, x.device)
+    if 0.0 in coefficients:
+        return None
+    return _update(x.shape, coefficients, stream)(x, F, key.tensor, first_sample)
+
+
 @functools.lru_cache(1024)
 def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # else it could not be saved for a backward pass later
@@ -70,3 +90,11 @@ def _boundary(
     shape: tuple[int, ...], a: float, b: float
 ) -> Callable[[Tensor, Tensor], Tensor | None]:
     return prepared.boundary(shape, *(_held(shape[0], v, torch.float32) for v in (a, b)))
+
+
+@functools.lru_cache(256)
+def _update(
+    shape: tuple[int, ...], coefficients: tuple[float, float, float, float], stream: int
+) -> Callable[[Tensor, Tensor, Tensor, int], Tensor | None]:
+    a, b, alpha, sigma = (_held(shape[0], v, torch.float32) for v in coefficients)
+    return prepared.sampler_update(shape, a, b, alpha, sigma, stream)

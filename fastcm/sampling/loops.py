@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcm import ops, rng
 from fastcm.rng import NoiseKey
 from fastcm.sampling.guidance import Evaluator
-from fastcm.sampling.held import Rows
+from fastcm.sampling.held import Rows, held_rows, held_update
 from fastcm.sampling.levels import Level
 from fastcm.sampling.solvers import Solver
 from fastcm.sampling.steps import Step
@@ -38,9 +38,15 @@ def multistep(
     rows = evaluate.rows
     x, inputs = _first_state(z, steps[0], rows, start), None  # the network's, where it is not x
     for j, (at, to) in enumerate(pairwise(steps)):
-        out = evaluate(x, at, j, inputs=inputs)
-        alpha, sigma = rows(x, to.alpha), rows(x, math.sqrt(to.sigma**2 - end.sigma**2))
-        stream = rng.SAMPLE + j + 1
+        out, ahead = evaluate(x, at, j, inputs=inputs), evaluate.ahead(x, to)
+        sigma_to, stream = math.sqrt(to.sigma**2 - end.sigma**2), rng.SAMPLE + j + 1
+        if rows is held_rows and constraint is None and out.F_uncond is None and not ahead:
+            numbers = (at.a, at.b, to.alpha, sigma_to)
+            moved = held_update(x, out.F, numbers, key, stream, first_sample)
+            if moved is not None:
+                x, inputs = moved, None
+                continue
+        alpha, sigma = rows(x, to.alpha), rows(x, sigma_to)
         if constraint is None:
             made = ops.sampler_update(
                 x,
@@ -54,7 +60,7 @@ def multistep(
                 first_sample=first_sample,
                 F_uncond=out.F_uncond,
                 guidance=None if out.F_uncond is None else out.weights(x),
-                **evaluate.ahead(x, to),
+                **ahead,
             )
             x, inputs = made if isinstance(made, tuple) else (made, None)
         else:

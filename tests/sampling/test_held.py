@@ -50,6 +50,24 @@ def test_a_boundary_map_has_the_bits_of_the_operator(
             assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_update_has_the_bits_of_the_operator(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for key, first in ((NoiseKey(0), 0), (NoiseKey(2**62 + 1, 2**33 + 7, 9), 2**31)):
+        for numbers in ((1.0, -0.7, 0.4, 0.6), (0.3, 2.5, 1.0, 80.0)):
+            x, F = torch.randn(shape), torch.randn(shape).to(dtype)
+            for stream in (rng.SAMPLE + 1, rng.SAMPLE + 7):
+                found = held.held_update(x, F, numbers, key, stream, first)
+                rows = [held.rows(x, v) for v in numbers]
+                wanted = ops.sampler_update(x, F, *rows, key, stream=stream, first_sample=first)
+                assert found is not None and torch.equal(found, wanted)
+    left = torch.randn(2, 6).requires_grad_()
+    assert held.held_update(left, left, (1.0, 1.0, 1.0, 1.0), NoiseKey(0), 17, 0) is None
+    assert (
+        held.held_update(torch.randn(2, 6), left, (0.0, 1.0, 1.0, 1.0), NoiseKey(0), 17, 0) is None
+    )
+
+
 class Sub(Tensor):
     """Somebody else's."""
 
@@ -76,6 +94,19 @@ def test_what_the_operator_alone_can_do_is_left_to_it() -> None:
     with profile():
         assert held.held_boundary(x, F, 1.0, -1.0) is None
     assert not held.few(x, held.SMALL + 1) and not held.few(x.to("meta"), 2)
+
+
+def test_a_wrong_key_is_named_by_a_call_that_holds_its_operators() -> None:
+    z, options = torch.randn(2, 3), {"times": [1.0, 0.5]}
+    for key, first, message in (
+        (NoiseKey(0), -1, "first_sample must be in"),
+        (NoiseKey(0, device="meta"), 0, "key must be on cpu"),
+        (3, 0, "key must be a NoiseKey"),
+    ):
+        with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
+            sampling.multistep(
+                MLP((3,), width=16, depth=1), Linear(), z, key, first_sample=first, **options
+            )
 
 
 def test_samples_are_those_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
