@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from operator_cases import NAMES, cases, flat
 from tolerances import assert_close, rounding_slack
 from torch import Tensor
@@ -250,6 +251,20 @@ def test_micro_batches_train_alike_in_a_graph() -> None:
     runs = [trainer(_copy("ct"), "cuda", graph="step", accumulate=k).fit(30) for k in (1, 3)]
     for p, q in zip(*map(weights, runs)):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_nccl_averages_are_in_the_graph() -> None:
+    """In a group of one, which NCCL reduces like any other."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        runs = [
+            trainer(_copy("ct"), "cuda", graph=graph, parallel="ddp").fit(40)
+            for graph in ("off", "step")
+        ]
+    finally:
+        dist.destroy_process_group()
+    for p, q in zip(*map(weights, runs)):
+        assert torch.equal(p, q)
 
 
 def test_the_optimizer_on_the_gpu_is_that_on_the_cpu() -> None:
