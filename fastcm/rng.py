@@ -37,10 +37,6 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def check_key(seed: int, step: int = 0, first_sample: int = 0) -> None:
     """Raise TypeError or ValueError unless a `NoiseKey` can be made of these."""
-    if type(seed) is type(step) is type(first_sample) is int and (
-        0 <= seed < 2**63 and 0 <= step < 2**56 and 0 <= first_sample < 2**32
-    ):
-        return  # nearly always, and what follows is slow
     for name, value, bits in (
         ("seed", seed, 63),
         ("step", step, 56),

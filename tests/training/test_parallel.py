@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,6 @@ def four(resumed_alone: dict[str, Tensor], folder: Path) -> list[Found]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Tensor]]:
     return {name: everything(make().fit(STEPS)) for name, make in INVARIANT.items()}
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def assert_close(found: Any, wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:

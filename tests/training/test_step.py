@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import BACKENDS
 from recorded_graphs import RecordedGraph
 from torch import Tensor, nn
@@ -230,13 +229,6 @@ def test_a_replayed_run_is_bitwise_the_launched_one(
         assert torch.equal(p, q)
     assert recorded_graphs.made == 1 and recorded_graphs.replays == 14
     assert launched.metrics["loss"] == replayed.metrics["loss"]
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
