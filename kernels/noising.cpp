@@ -24,6 +24,20 @@ extern "C" int noise(const NoiseArguments* p) {
   return OK;
 }
 
+struct NumberedNoiseArguments {
+  int64_t B, D, threads;
+  int64_t key[3];  // seed, step, first sample
+  int64_t stream, first;
+  Tensor out;
+};
+
+// As noise, of a key that nobody made a tensor of
+extern "C" int numbered_noise(const NumberedNoiseArguments* p) {
+  const Tensor key{const_cast<int64_t*>(p->key), I64, 3};
+  const NoiseArguments arguments{p->B, p->D, p->threads, key, p->stream, p->first, p->out};
+  return noise(&arguments);
+}
+
 // out = one number of (0, 1) for each sample, of the first word of its first block
 extern "C" int uniform(const NoiseArguments* p) {
   FASTCM_CHECK(check_key(p->key));

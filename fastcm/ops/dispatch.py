@@ -99,6 +99,11 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
     return Door.NATIVE if native and _has_native() else Door.REFERENCE
 
 
+def makes_natively() -> bool:
+    """Whether plain tensors that eager code makes on the CPU, here and now, go to native code."""
+    return not (torch.compiler.is_compiling() or is_traced()) and _has_native()
+
+
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 
 

@@ -1,7 +1,7 @@
 """Native operators with all but their samples given once.
 
-They are for few samples, whose arithmetic takes less time than what surrounds it. Operands are
-those that `fastcm.ops.dispatch.door` sends to native code.
+They are for few samples, whose arithmetic takes less time than what surrounds it, where
+`fastcm.ops.dispatch.door` sends a tensor of the CPU to native code and no profiler records.
 """
 
 from __future__ import annotations
@@ -15,36 +15,33 @@ from torch import Tensor
 
 from fastcm.kernels import native
 from fastcm.ops.native import CODES, NO_NOISE, NOTHING, packed
-from fastcm.tracing import is_profiled
 
 _FLOAT32 = CODES[torch.float32]
 _OUTPUTS = {dtype: CODES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 """Of a network."""
 
 
-def noise(shape: Sequence[int], stream: int) -> Callable[[Tensor], Tensor | None]:
-    """`fastcm.ops.noise` of this shape, float32.
+def noise(shape: Sequence[int], stream: int) -> Callable[[int, int], Tensor]:
+    """`fastcm.ops.noise` of this shape, float32, of keys whose step is 0.
 
     Args:
         shape: ``[B, ...]``.
         stream: see `fastcm.ops.noise`.
 
     Returns:
-        A function of a key's contiguous tensor; None while a profiler records, which is to see it.
+        A function of a key's seed and first sample, numbers that are valid.
     """
-    function, size = native.pointwise("noise"), tuple(shape)
+    function, size = native.pointwise("numbered_noise"), tuple(shape)
     assert function is not None
     B, D, n = size[0], math.prod(size[1:]), math.prod(size)
-    pack, code = struct.Struct("11q").pack, CODES[torch.int64]
+    pack, like = struct.Struct("11q").pack, torch.empty(0, dtype=torch.float32, device="cpu")
 
-    def call(key: Tensor) -> Tensor | None:
-        if is_profiled():
-            return None
-        out, threads = torch.empty(size, dtype=torch.float32, device="cpu"), torch.get_num_threads()
-        at = (key.data_ptr(), code, 3, stream, 0)
-        error = function(pack(B, D, threads, *at, out.data_ptr(), _FLOAT32, n))
+    def call(seed: int, first_sample: int) -> Tensor:
+        out, threads = like.new_empty(size), torch.get_num_threads()
+        at = (seed, 0, first_sample, stream, 0, out.data_ptr(), _FLOAT32, n)
+        error = function(pack(B, D, threads, *at))
         if error:
-            native.refuse("noise", error)
+            native.refuse("numbered_noise", error)
         return out
 
     return call
@@ -61,8 +58,7 @@ def boundary(
 
     Returns:
         A function of x and F; None where they are not contiguous, x is not float32, F is no plain
-        tensor of the CPU in float32 or half precision, autograd is to differentiate, or a profiler
-        records.
+        tensor of the CPU in float32 or half precision, or autograd is to differentiate.
     """
     function = native.pointwise("boundary")
     assert function is not None
@@ -126,7 +122,7 @@ def sampler_update(
 def _code(x: Tensor, F: Tensor) -> int | None:
     """Of the dtype of F, where native code can read both and nobody else has to see them."""
     code = _OUTPUTS.get(F.dtype)
-    if code is None or x.dtype is not torch.float32 or is_profiled():
+    if code is None or x.dtype is not torch.float32:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or F.requires_grad):
         return None

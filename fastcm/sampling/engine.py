@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcm import graphs
+from fastcm import graphs, ops, rng
 from fastcm.networks.conditions import Null, each
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
@@ -22,7 +22,7 @@ from fastcm.sampling import loops
 from fastcm.sampling.functions import SOLVERS, SolverName
 from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 from fastcm.sampling.guidance import Evaluator, Weight
-from fastcm.sampling.held import noise
+from fastcm.sampling.held import Rows, few_of_cpu, held_noise, held_rows
 from fastcm.sampling.levels import levels
 from fastcm.sampling.steps import Churn, ode_steps
 
@@ -88,6 +88,8 @@ class Engine:
         self.has_few_shapes = compile or self._cache is not None
         calls = EVALUATIONS.get(solver, 1) if method == "ode" else 1
         evaluations = calls * (len(times) - 1) + 1
+        adds = len(times) > 1 if method == "multistep" else any(s.noise for s in self._steps)
+        self._adds_noise = adds
         self._is_whole = evaluations <= WHOLE
         decide = CALLS_TO_DECIDE if self._cache is not None else 1
         self.calls_to_prepare = decide if self._is_whole else -(-decide // evaluations)
@@ -96,7 +98,8 @@ class Engine:
         self,
         out: Tensor,
         shape: tuple[int, ...],
-        key: Tensor,
+        seed: int,
+        first_sample: int,
         cond: Any,
         weights: tuple[Weight, ...] | None,
     ) -> None:
@@ -105,13 +108,14 @@ class Engine:
         Args:
             out: ``[at most B, ...]``.
             shape: ``[B, ...]``.
-            key: (seed, 0, first sample), on the host.
+            seed, first_sample: of the noise, in the range of a `NoiseKey`'s.
             cond: B rows, or None.
             weights: of the guidance, one per time, numbers or B rows, or None.
         """
         if self._cache is None:
-            out.copy_(self.run(shape, key, cond, weights)[: len(out)])
+            out.copy_(self.run(shape, seed, first_sample, cond, weights)[: len(out)])
             return
+        key = host_key(seed, first_sample)
         with self._lock, self._cache.side():
             if self._is_whole:
                 fixed, given = apart(weights)
@@ -126,14 +130,22 @@ class Engine:
     def run(
         self,
         shape: tuple[int, ...],
-        key: Tensor,
+        seed: int,
+        first_sample: int,
         cond: Any,
         weights: tuple[Weight, ...] | None,
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
         with self._lock:
-            if not self._on_cpu:
-                key = key.to(self._device, non_blocking=True)
+            held = self._on_cpu and few_of_cpu(shape[0])
+            key = None
+            if self._adds_noise or not held:
+                on_host = host_key(seed, first_sample)
+                key = on_host if self._on_cpu else on_host.to(self._device, non_blocking=True)
+            if held:
+                z = held_noise(shape, seed, first_sample)
+                return self._solved(self._network, self._guide, z, weights, key, cond, held_rows)
+            assert key is not None
             return self._run(self._network, self._guide, shape, weights, key, cond)
 
     def _replayed(self, x: Tensor, t: Tensor, cond: Any, s: Tensor | None = None) -> Tensor:
@@ -156,15 +168,28 @@ class Engine:
         given: Tensor | None = None,
     ) -> Tensor:
         """With weights, of which those that are None are the rows of `given`."""
-        key = NoiseKey.wrap(key_tensor)
         left = iter(() if given is None else given.unbind())
         whole = None if weights is None else [next(left) if w is None else w for w in weights]
+        z = ops.noise(shape, NoiseKey.wrap(key_tensor), stream=rng.SAMPLE)
+        return self._solved(net, guide, z, whole, key_tensor, cond)
+
+    def _solved(
+        self,
+        net: Network,
+        guide: Network | None,
+        z: Tensor,
+        weights: Sequence[Weight] | None,
+        key: Tensor | None,
+        cond: Any,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """As `solve`, in eval mode."""
         in_training = to_eval(self._net)
         for module in self._guides:
             in_training += to_eval(module)
         try:
-            z = noise(shape, key)
-            return self.solve(net, guide, z, key, cond, whole)
+            of_steps = None if key is None else NoiseKey.wrap(key)
+            return self.solve(net, guide, z, of_steps, cond, weights, rows)
         finally:
             to_training(in_training)
 
@@ -173,11 +198,15 @@ class Engine:
         net: Network,
         guide: Network | None,
         z: Tensor,
-        key: NoiseKey,
+        key: NoiseKey | None,
         cond: Any,
         weights: Sequence[Weight] | None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        """Samples from noise z, by `net` and `guide` in place of the networks."""
+        """Samples from noise z, by `net` and `guide` in place of the networks.
+
+        The key is for steps that add noise, rows are for the `Evaluator`.
+        """
         guide, rescale = (None, None) if weights is None else (guide, self._rescale)
         evaluate = Evaluator(
             net,
@@ -188,6 +217,7 @@ class Engine:
             guide=guide,
             input_dtype=self._input_dtype,
             rescale=rescale,
+            rows=rows,
         )
         if self._method == "flow-map":
             return loops.flow_map(evaluate, z, self._levels)

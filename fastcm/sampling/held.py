@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastcm import ops, rng
+from fastcm import rng
 from fastcm.ops import prepared
-from fastcm.ops.dispatch import Door, door
+from fastcm.ops.dispatch import Door, door, makes_natively
 from fastcm.ops.reference import compute_dtype
 from fastcm.ops.validation import check_noise
 from fastcm.rng import NoiseKey
+from fastcm.tracing import is_profiled
 
 Rows = Callable[[Tensor, float], Tensor]
 
@@ -26,26 +27,30 @@ SMALL = 64
 
 
 def few(x: Tensor, count: int) -> bool:
-    """Whether `count` samples are few, and native code takes a tensor such as x."""
-    return count <= SMALL and door(x) is Door.NATIVE
+    """Whether `count` samples are few, native code takes a tensor such as x, and nobody records."""
+    return count <= SMALL and door(x) is Door.NATIVE and not is_profiled()
 
 
-def rows(x: Tensor, value: float) -> Tensor:
+def few_of_cpu(count: int) -> bool:
+    """As `few`, of plain tensors that will be made on the CPU."""
+    return count <= SMALL and makes_natively() and not is_profiled()
+
+
+def plain_rows(x: Tensor, value: float) -> Tensor:
     """The coefficient `value` of every sample of x, ``[B]`` in the dtype of the arithmetic."""
     return torch.full(x.shape[:1], value, dtype=compute_dtype(x), device=x.device)
 
 
 def held_rows(x: Tensor, value: float) -> Tensor:
-    """As `rows`, of at most `SMALL` plain samples on a CPU, made once. Not to be written to."""
+    """As `plain_rows`, of few samples on a CPU, made once. Not to be written to."""
     if value == 0.0:  # 0.0 and -0.0 are equal
-        return rows(x, value)
+        return plain_rows(x, value)
     return _held(x.shape[0], value, compute_dtype(x))
 
 
-def noise(shape: tuple[int, ...], key: NoiseKey) -> Tensor:
-    """What a sampler starts from, `fastcm.ops.noise` of its first stream."""
-    out = _noise(shape)(key.tensor) if few(key.tensor, shape[0]) else None
-    return ops.noise(shape, key, stream=rng.SAMPLE) if out is None else out
+def held_noise(shape: tuple[int, ...], seed: int, first_sample: int) -> Tensor:
+    """What a sampler starts from, `fastcm.ops.noise` of its first stream; for `few_of_cpu`."""
+    return _noise(shape)(seed, first_sample)
 
 
 def held_boundary(x: Tensor, F: Tensor, a: float, b: float) -> Tensor | None:
@@ -81,7 +86,7 @@ def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(256)
-def _noise(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor | None]:
+def _noise(shape: tuple[int, ...]) -> Callable[[int, int], Tensor]:
     return prepared.noise(shape, rng.SAMPLE)
 
 

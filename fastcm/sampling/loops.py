@@ -26,19 +26,20 @@ Constraint = Callable[[Tensor], Tensor]
 def multistep(
     evaluate: Evaluator,
     z: Tensor,
-    key: NoiseKey,
+    key: NoiseKey | None,
     levels: Sequence[Level],
     *,
     first_sample: int = 0,
     start: Tensor | None = None,
     constraint: Constraint | None = None,
 ) -> Tensor:
-    """Denoise, add fresh noise, denoise again."""
+    """Denoise, add fresh noise, denoise again; the key is for that noise."""
     *steps, end = levels
     rows = evaluate.rows
     x, inputs = _first_state(z, steps[0], rows, start), None  # the network's, where it is not x
     for j, (at, to) in enumerate(pairwise(steps)):
         out, ahead = evaluate(x, at, j, inputs=inputs), evaluate.ahead(x, to)
+        assert key is not None
         sigma_to, stream = math.sqrt(to.sigma**2 - end.sigma**2), rng.SAMPLE + j + 1
         if rows is held_rows and constraint is None and out.F_uncond is None and not ahead:
             numbers = (at.a, at.b, to.alpha, sigma_to)

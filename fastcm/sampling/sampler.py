@@ -25,7 +25,6 @@ from fastcm.sampling.engine import (
     Method,
     batches,
     full_shape,
-    host_key,
     of_samples,
     padded,
 )
@@ -232,11 +231,12 @@ class Sampler:
         """
         shape = self._checked(n, seed, first_sample, cond)
         tracked = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)  # a decorator would cost a short call more than that
+        # what torch.no_grad() does, without frames that a short call would notice
+        torch._C._set_grad_enabled(False)
         try:
             return self._drawn(shape, seed, first_sample, cond, guidance)
         finally:
-            torch.set_grad_enabled(tracked)
+            torch._C._set_grad_enabled(tracked)
 
     def _drawn(
         self, shape: tuple[int, ...], seed: int, first_sample: int, cond: Any, guidance: Any
@@ -245,16 +245,15 @@ class Sampler:
         n = shape[0]
         weights = None if guidance is None else self._weights(guidance, n)
         if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
-            key = host_key(seed, first_sample)
             rows = None if cond is None else self._here(cond)
-            return self.engine.run(shape, key, rows, weights)
+            return self.engine.run(shape, seed, first_sample, rows, weights)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
         for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
-            key = host_key(seed, first_sample + start)
             rows = rows_of(cond, slice(start, end))
             rows = None if rows is None else padded(self._here(rows), size)
             some = None if weights is None else of_samples(weights, start, end, size)
-            self.engine(out[start:end], (size, *shape[1:]), key, rows, some)
+            index, whole = first_sample + start, (size, *shape[1:])
+            self.engine(out[start:end], whole, seed, index, rows, some)
         return out
 
     def stream(

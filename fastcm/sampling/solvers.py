@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcm import ops
 from fastcm.sampling.guidance import Evaluator, Guided
-from fastcm.sampling.held import Rows, rows
+from fastcm.sampling.held import Rows, plain_rows
 from fastcm.sampling.levels import Level
 from fastcm.sampling.steps import Step
 
@@ -161,7 +161,7 @@ def _exponential(at: Level, to: Level) -> tuple[float, float]:
     return keep, to.alpha - keep * at.alpha
 
 
-def combine(*terms: tuple[float, Tensor], rows: Rows = rows) -> Tensor:
+def combine(*terms: tuple[float, Tensor], rows: Rows = plain_rows) -> Tensor:
     """c_0 y_0 + c_1 y_1 + c_2 y_2 in one pass, for three pairs (c, y).
 
     Of three coefficients two have one sign: they make a weighted mean, with weights in [0, 1], so

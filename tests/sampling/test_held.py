@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.profiler import profile
 
 from fastcm import NoiseKey, ops, rng, sampling
@@ -29,10 +30,29 @@ SHAPES = [(1, 1), (1, 64), (3, 5), (7, 3, 16, 16), (64, 1023)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_noise_has_the_bits_of_the_operator(shape: tuple[int, ...]) -> None:
-    for key in (NoiseKey(0), NoiseKey(2**62 + 1, 2**33 + 7, 2**32 - 9)):
-        assert held.few(key.tensor, shape[0])
-        found = held.noise(shape, key)
-        assert torch.equal(found, ops.noise(shape, key, stream=rng.SAMPLE))
+    assert held.few_of_cpu(shape[0])
+    for seed, first in ((0, 0), (2**62 + 1, 2**32 - 9)):
+        wanted = ops.noise(shape, NoiseKey(seed, first_sample=first), stream=rng.SAMPLE)
+        assert torch.equal(held.held_noise(shape, seed, first), wanted)
+
+
+def test_nothing_is_held_where_somebody_looks_on() -> None:
+    x, seen = torch.zeros(2, 3), []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(held.few_of_cpu(2) or held.few(x, 2))
+        return x
+
+    with profile():
+        look(x)
+    with FakeTensorMode():
+        look(torch.zeros(2, 3))
+    torch.func.jvp(look, (x,), (x,))
+    torch.compile(look, backend="eager")(x)
+    assert not any(seen) and len(seen) == 4
+    assert held.few_of_cpu(held.SMALL) and held.few(x, 2)
+    assert not held.few_of_cpu(held.SMALL + 1) and not held.few(x, held.SMALL + 1)
+    assert not held.few(x.to("meta"), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -46,7 +66,7 @@ def test_a_boundary_map_has_the_bits_of_the_operator(
             found = held.held_boundary(x, F, a, b)
             gc.collect()  # the coefficients live on
             assert found is not None
-            wanted = ops.boundary(x, F, held.rows(x, a), held.rows(x, b))
+            wanted = ops.boundary(x, F, held.plain_rows(x, a), held.plain_rows(x, b))
             assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
@@ -58,7 +78,7 @@ def test_an_update_has_the_bits_of_the_operator(shape: tuple[int, ...], dtype: t
             x, F = torch.randn(shape), torch.randn(shape).to(dtype)
             for stream in (rng.SAMPLE + 1, rng.SAMPLE + 7):
                 found = held.held_update(x, F, numbers, key, stream, first)
-                rows = [held.rows(x, v) for v in numbers]
+                rows = [held.plain_rows(x, v) for v in numbers]
                 wanted = ops.sampler_update(x, F, *rows, key, stream=stream, first_sample=first)
                 assert found is not None and torch.equal(found, wanted)
     left = torch.randn(2, 6).requires_grad_()
@@ -91,9 +111,6 @@ def test_what_the_operator_alone_can_do_is_left_to_it() -> None:
         assert held.held_boundary(*left) is None
     with torch.no_grad():
         assert held.held_boundary(x.clone().requires_grad_(), F, 1.0, -1.0) is not None
-    with profile():
-        assert held.held_boundary(x, F, 1.0, -1.0) is None
-    assert not held.few(x, held.SMALL + 1) and not held.few(x.to("meta"), 2)
 
 
 def test_a_wrong_key_is_named_by_a_call_that_holds_its_operators() -> None:
@@ -144,7 +161,7 @@ def test_few_samples_are_differentiated_and_traced_like_many() -> None:
 
 def test_without_native_code_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_has_native", lambda: False)
-    assert not held.few(torch.zeros(2, 3), 2)
+    assert not held.few(torch.zeros(2, 3), 2) and not held.few_of_cpu(2)
 
 
 def test_threads_share_what_is_held() -> None:
