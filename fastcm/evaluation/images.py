@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcm.data.datasets import as_tensor, read_arrays
 from fastcm.data.images import IMAGE_SUFFIXES, read_image
 from fastcm.evaluation.pictures import to_uint8
-from fastcm.sampling.engine import eval_mode
+from fastcm.networks.modes import eval_mode
 
 _CHANNELS = (1, 3)
 STORED = ("arr_0", "x")

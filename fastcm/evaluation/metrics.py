@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fastcm import ops, rng
 from fastcm.data import to_unit
 from fastcm.evaluation.gaussians import Gaussian, frechet_distance
+from fastcm.networks.modes import eval_mode
 from fastcm.parameterization import Parameterization
 from fastcm.rng import NoiseKey
 from fastcm.sampling import predict
-from fastcm.sampling.engine import eval_mode
 from fastcm.schedules import Grid, UniformGrid
 
 _PROJECTIONS, _FEATURES = 0, 1  # seeds

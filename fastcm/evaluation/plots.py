@@ -18,6 +18,7 @@ from fastcm.ema import EMA
 from fastcm.evaluation.metrics import ConsistencyGap, sliced_wasserstein
 from fastcm.evaluation.pictures import save_figure
 from fastcm.networks import MLP, GaussianMixture
+from fastcm.networks.modes import eval_mode
 from fastcm.networks.protocol import Network
 from fastcm.objectives import ConsistencyDistillation
 from fastcm.optim import AdamW
@@ -25,7 +26,6 @@ from fastcm.parameterization import Parameterization
 from fastcm.paths import Path
 from fastcm.rng import NoiseKey
 from fastcm.sampling import Sampler, solvers
-from fastcm.sampling.engine import eval_mode
 from fastcm.sampling.functions import as_parameterization, check_descending
 from fastcm.sampling.guidance import Evaluator
 from fastcm.sampling.steps import ode_steps

@@ -100,7 +100,7 @@ def door(*operands: Tensor | None, differentiable: bool = True, noisy: bool = Fa
 
 
 def makes_natively() -> bool:
-    """Whether plain tensors that eager code makes on the CPU, here and now, go to native code."""
+    """What `door` says of plain float32 tensors that eager code is about to make on the CPU."""
     return not (torch.compiler.is_compiling() or is_traced()) and _has_native()
 
 

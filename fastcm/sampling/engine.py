@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, SupportsIndex
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcm import graphs, ops, rng
 from fastcm.networks.conditions import Null, each
+from fastcm.networks.modes import to_eval, to_training
 from fastcm.networks.protocol import Network
 from fastcm.parameterization import Parameterization
 from fastcm.precision import Autocast, Precision, half_of
@@ -137,15 +137,11 @@ class Engine:
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
         with self._lock:
-            held = self._on_cpu and few_of_cpu(shape[0])
-            key = None
-            if self._adds_noise or not held:
-                on_host = host_key(seed, first_sample)
-                key = on_host if self._on_cpu else on_host.to(self._device, non_blocking=True)
-            if held:
+            if self._on_cpu and few_of_cpu(shape[0]):
+                key = host_key(seed, first_sample) if self._adds_noise else None
                 z = held_noise(shape, seed, first_sample)
                 return self._solved(self._network, self._guide, z, weights, key, cond, held_rows)
-            assert key is not None
+            key = host_key(seed, first_sample).to(self._device, non_blocking=True)
             return self._run(self._network, self._guide, shape, weights, key, cond)
 
     def _replayed(self, x: Tensor, t: Tensor, cond: Any, s: Tensor | None = None) -> Tensor:
@@ -321,42 +317,3 @@ def padded(rows: Any, size: int) -> Any:
 
 def _padded(rows: Tensor, missing: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
-
-
-@contextmanager
-def eval_mode(net: nn.Module) -> Iterator[None]:
-    """The network in eval mode; afterwards every submodule is in the mode it was in."""
-    in_training = to_eval(net)
-    try:
-        yield
-    finally:
-        to_training(in_training)
-
-
-def to_eval(net: nn.Module) -> list[nn.Module]:
-    """Put the network in eval mode; returns those of its modules that were not."""
-    in_training: list[nn.Module] = []
-    modules: list[nn.Module | None] = [net]
-    for module in modules:  # which grows; as net.modules(), but for its bookkeeping
-        if module is None:
-            continue
-        children = module._modules
-        if children:
-            modules.extend(children.values())
-        if module.training:
-            _set_training(module, False)
-            in_training.append(module)
-    return in_training
-
-
-def to_training(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        _set_training(module, True)
-
-
-def _set_training(module: nn.Module, value: bool) -> None:
-    """As ``module.training = value``, which looks for parameters and buffers of the name first."""
-    if "training" in module.__dict__:
-        module.__dict__["training"] = value
-    else:  # a module of TorchScript keeps it elsewhere
-        module.training = value

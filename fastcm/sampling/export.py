@@ -17,10 +17,10 @@ from torch.export import ExportedProgram
 
 from fastcm import rng
 from fastcm.networks.conditions import each
+from fastcm.networks.modes import eval_mode
 from fastcm.ops import reference
 from fastcm.ops.decompositions import REFERENCES
 from fastcm.rng import NoiseKey
-from fastcm.sampling.engine import eval_mode
 from fastcm.sampling.guidance import Evaluator, Guidance, Weight, guidance_weights
 from fastcm.sampling.sampler import Sampler
 

@@ -16,10 +16,10 @@ from torch.profiler import profile
 from fastcm import NoiseKey, ops, rng, sampling
 from fastcm.kernels import native
 from fastcm.networks import MLP
+from fastcm.networks.modes import to_eval, to_training
 from fastcm.ops import dispatch
 from fastcm.paths import Linear
 from fastcm.sampling import Sampler, held
-from fastcm.sampling.engine import to_eval, to_training
 
 pytestmark = pytest.mark.skipif(
     native.pointwise("noise") is None, reason="there is no C++ compiler"
@@ -50,6 +50,11 @@ def test_nothing_is_held_where_somebody_looks_on() -> None:
     torch.func.jvp(look, (x,), (x,))
     torch.compile(look, backend="eager")(x)
     assert not any(seen) and len(seen) == 4
+    sampler = Sampler(MLP((3,), width=16, depth=1), Linear(), steps=2, shape=(3,))
+    with profile() as records:
+        sampler(2)
+    recorded = {event.key for event in records.key_averages()}
+    assert {f"fastcm: {name}" for name in ("noise", "sampler_update", "boundary")} <= recorded
     assert held.few_of_cpu(held.SMALL) and held.few(x, 2)
     assert not held.few_of_cpu(held.SMALL + 1) and not held.few(x, held.SMALL + 1)
     assert not held.few(x.to("meta"), 2)
