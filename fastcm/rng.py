@@ -37,15 +37,16 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def check_key(seed: int, step: int = 0, first_sample: int = 0) -> None:
     """Raise TypeError or ValueError unless a `NoiseKey` can be made of these."""
-    for name, value, bits in (
-        ("seed", seed, 63),
-        ("step", step, 56),
-        ("first_sample", first_sample, 32),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if not 0 <= value < 2**bits:
-            raise ValueError(f"{name} must be in [0, 2**{bits}), got {value}")
+    _check("seed", seed, 2**63)
+    _check("step", step, 2**56)
+    _check("first_sample", first_sample, 2**32)
+
+
+def _check(name: str, value: int, end: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 0 <= value < end:
+        raise ValueError(f"{name} must be in [0, 2**{end.bit_length() - 1}), got {value}")
 
 
 class NoiseKey:
