@@ -157,3 +157,15 @@ extern "C" int sampler_update(const SamplerArguments* p) {
   });
   return OK;
 }
+
+struct NumberedSamplerArguments {
+  int64_t key[3];  // seed, step, first sample
+  SamplerArguments rest;
+};
+
+// As sampler_update, of a key that nobody made a tensor of
+extern "C" int numbered_sampler_update(const NumberedSamplerArguments* p) {
+  SamplerArguments arguments = p->rest;
+  arguments.key = {const_cast<int64_t*>(p->key), I64, 3};
+  return sampler_update(&arguments);
+}

@@ -16,6 +16,16 @@ from torch import Tensor
 from fastcm.kernels import native
 from fastcm.ops.native import CODES, NO_NOISE, NOTHING, packed
 
+Moved = tuple[Tensor, Tensor | None]
+"""The next state, and the network's input there where it is not the state itself."""
+
+Step = Callable[[Tensor, Tensor, int, int], Moved | None]
+"""A function of x, F and the seed and first sample of a key whose step is 0.
+
+x is one of our own: float32, contiguous, on the CPU. Autograd is off. For an F that is no plain
+tensor of the CPU in float32 or half precision the function returns None.
+"""
+
 _FLOAT32 = CODES[torch.float32]
 _OUTPUTS = {dtype: CODES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 """Of a network."""
@@ -47,18 +57,12 @@ def noise(shape: Sequence[int], stream: int) -> Callable[[int, int], Tensor]:
     return call
 
 
-def boundary(
-    shape: Sequence[int], a: Tensor, b: Tensor
-) -> Callable[[Tensor, Tensor], Tensor | None]:
+def boundary(shape: Sequence[int], a: Tensor, b: Tensor) -> Step:
     """`fastcm.ops.boundary` for given coefficients.
 
     Args:
         shape: ``[B, ...]``.
-        a, b: ``[B]``, contiguous, which must stay as they are.
-
-    Returns:
-        A function of x and F; None where they are not contiguous, x is not float32, F is no plain
-        tensor of the CPU in float32 or half precision, or autograd is to differentiate.
+        a, b: float32 ``[B]``, contiguous, which must stay as they are.
     """
     function = native.pointwise("boundary")
     assert function is not None
@@ -66,65 +70,66 @@ def boundary(
     rows, held = (*packed(a), *packed(b)), (a, b)
     pack = struct.Struct(f"{3 + 3 + len(NO_NOISE) + 4 * 3}q").pack
 
-    def call(x: Tensor, F: Tensor) -> Tensor | None:
-        code = _code(x, F)
+    def call(x: Tensor, F: Tensor, seed: int, first_sample: int) -> Moved | None:
+        code = _code(F)
         if code is None:
             return None
+        F = F.contiguous()
         assert held  # for as long as their addresses are used
         out, threads = torch.empty_like(x), torch.get_num_threads()
         operands = (x.data_ptr(), _FLOAT32, n, *NO_NOISE, F.data_ptr(), code, n, *rows)
         error = function(pack(B, D, threads, *operands, out.data_ptr(), _FLOAT32, n))
         if error:
             native.refuse("boundary", error)
-        return out
+        return out, None
 
     return call
 
 
 def sampler_update(
-    shape: Sequence[int], a: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor, stream: int
-) -> Callable[[Tensor, Tensor, Tensor, int], Tensor | None]:
-    """`fastcm.ops.sampler_update` for given coefficients, without guidance or a second result.
+    shape: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    stream: int,
+    *,
+    input_scale: Tensor | None = None,
+) -> Step:
+    """`fastcm.ops.sampler_update` for given coefficients, without guidance.
 
     Args:
         shape: ``[B, ...]``.
-        a, b, alpha, sigma: ``[B]``, contiguous, which must stay as they are.
+        a, b, alpha, sigma, input_scale: float32 ``[B]``, contiguous, which must stay as they are.
+            With the last, the network's input is made too, float32.
         stream: of the noise.
-
-    Returns:
-        A function of x, F, the key's tensor and the first sample; None as `boundary`.
     """
-    function = native.pointwise("sampler_update")
+    function = native.pointwise("numbered_sampler_update")
     assert function is not None
     B, D, n = shape[0], math.prod(shape[1:]), math.prod(shape)
-    held = (a, b, alpha, sigma)
-    rows = tuple(number for c in held for number in packed(c))
-    pack, int64 = struct.Struct(f"{3 + 7 * 3 + 3 * 3 + 2 + 2 * 3}q").pack, CODES[torch.int64]
-    absent, second = 3 * NOTHING, NOTHING
+    held = (a, b, alpha, sigma, input_scale)
+    rows = tuple(number for c in held[:4] for number in packed(c))
+    rest = (*NOTHING, *NOTHING, *NOTHING, *packed(input_scale), stream, 0)
+    pack = struct.Struct(f"{3 + 3 + 6 * 3 + 4 * 3 + 2 + 2 * 3}q").pack
 
-    def call(x: Tensor, F: Tensor, key: Tensor, first_sample: int) -> Tensor | None:
-        code = _code(x, F)
-        if code is None or not key.is_contiguous():
+    def call(x: Tensor, F: Tensor, seed: int, first_sample: int) -> Moved | None:
+        code = _code(F)
+        if code is None:
             return None
+        F = F.contiguous()
         assert held  # for as long as their addresses are used
         out, threads = torch.empty_like(x), torch.get_num_threads()
-        operands = (x.data_ptr(), _FLOAT32, n, F.data_ptr(), code, n, *rows)
-        noise = (key.data_ptr(), int64, 3, *absent, stream, first_sample)
-        result = (out.data_ptr(), _FLOAT32, n, *second)
-        error = function(pack(B, D, threads, *operands, *noise, *result))
+        second = None if input_scale is None else torch.empty_like(x)
+        operands = (x.data_ptr(), _FLOAT32, n, F.data_ptr(), code, n, *rows, *rest)
+        result = (out.data_ptr(), _FLOAT32, n, *packed(second))
+        error = function(pack(seed, 0, first_sample, B, D, threads, *operands, *result))
         if error:
             native.refuse("sampler_update", error)
-        return out
+        return out, second
 
     return call
 
 
-def _code(x: Tensor, F: Tensor) -> int | None:
-    """Of the dtype of F, where native code can read both and nobody else has to see them."""
-    code = _OUTPUTS.get(F.dtype)
-    if code is None or x.dtype is not torch.float32:
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or F.requires_grad):
-        return None
-    plain = type(F) is Tensor and F.is_cpu and x.is_contiguous() and F.is_contiguous()
-    return code if plain else None
+def _code(F: Tensor) -> int | None:
+    """Of the dtype of F, where native code can read it."""
+    return _OUTPUTS.get(F.dtype) if type(F) is Tensor and F.is_cpu else None

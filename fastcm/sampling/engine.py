@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Literal, SupportsIndex
+from functools import lru_cache, partial
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +19,17 @@ from fastcm.parameterization import Parameterization
 from fastcm.precision import Autocast, Precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops
+from fastcm.sampling.few import FewSamples
 from fastcm.sampling.functions import SOLVERS, SolverName
 from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 from fastcm.sampling.guidance import Evaluator, Weight
-from fastcm.sampling.held import Rows, few_of_cpu, held_noise, held_rows
+from fastcm.sampling.held import few_of_cpu
 from fastcm.sampling.levels import levels
 from fastcm.sampling.steps import Churn, ode_steps
 
 Graph = Literal["auto", "on", "off"]
 Method = Literal["multistep", "ode", "flow-map"]
+Result = TypeVar("Result")
 
 WHOLE = 8
 """Evaluations up to which a batch is one graph; of more, each evaluation is replayed."""
@@ -64,7 +66,7 @@ class Engine:
         self._method, self._solver = method, solver
         self._null = each(lambda v: v.to(device) if isinstance(v, Tensor) else v, null_condition)
         self._rescale = guidance_rescale
-        self._device, self._on_cpu = device, device.type == "cpu"
+        self._device = device
         self._lock = graphs.device_lock(device)
         self.eager: Network = _precise(net, device, precision)
         self._network: Network = torch.compile(self.eager) if compile else self.eager
@@ -77,6 +79,9 @@ class Engine:
             _half(network) for network in (self.eager, self.eager_guide) if network is not None
         }
         self._input_dtype = halves.pop() if len(halves) == 1 else None
+        self._few: Callable[[tuple[int, ...]], FewSamples] | None = None
+        if device.type == "cpu" and method != "ode":
+            self._few = lru_cache(256)(partial(FewSamples, method, self._levels))
         self._cache: GraphCache | None = None
         possible = graphs.available(device)
         if graph == "on" and not possible:
@@ -85,11 +90,10 @@ class Engine:
             self._cache = GraphCache(
                 device, moved=lambda: Addresses(net, *self._guides), must=graph == "on", log=log
             )
-        self.has_few_shapes = compile or self._cache is not None
+        self.launches = self._cache is None
+        self.has_few_shapes = compile or not self.launches
         calls = EVALUATIONS.get(solver, 1) if method == "ode" else 1
         evaluations = calls * (len(times) - 1) + 1
-        adds = len(times) > 1 if method == "multistep" else any(s.noise for s in self._steps)
-        self._adds_noise = adds
         self._is_whole = evaluations <= WHOLE
         decide = CALLS_TO_DECIDE if self._cache is not None else 1
         self.calls_to_prepare = decide if self._is_whole else -(-decide // evaluations)
@@ -137,10 +141,11 @@ class Engine:
     ) -> Tensor:
         """Samples of `shape`, launched one kernel after another; see `__call__`."""
         with self._lock:
-            if self._on_cpu and few_of_cpu(shape[0]):
-                key = host_key(seed, first_sample) if self._adds_noise else None
-                z = held_noise(shape, seed, first_sample)
-                return self._solved(self._network, self._guide, z, weights, key, cond, held_rows)
+            if self._few is not None and weights is None and few_of_cpu(shape[0]):
+                x = self._in_eval(self._few(shape), self._network, seed, first_sample, cond)
+                if x is not None:
+                    return x
+                self._few = None  # native code cannot read what this network returns
             key = host_key(seed, first_sample).to(self._device, non_blocking=True)
             return self._run(self._network, self._guide, shape, weights, key, cond)
 
@@ -166,26 +171,16 @@ class Engine:
         """With weights, of which those that are None are the rows of `given`."""
         left = iter(() if given is None else given.unbind())
         whole = None if weights is None else [next(left) if w is None else w for w in weights]
-        z = ops.noise(shape, NoiseKey.wrap(key_tensor), stream=rng.SAMPLE)
-        return self._solved(net, guide, z, whole, key_tensor, cond)
+        noise_key = NoiseKey.wrap(key_tensor)
+        z = ops.noise(shape, noise_key, stream=rng.SAMPLE)
+        return self._in_eval(self.solve, net, guide, z, noise_key, cond, whole)
 
-    def _solved(
-        self,
-        net: Network,
-        guide: Network | None,
-        z: Tensor,
-        weights: Sequence[Weight] | None,
-        key: Tensor | None,
-        cond: Any,
-        rows: Rows | None = None,
-    ) -> Tensor:
-        """As `solve`, in eval mode."""
+    def _in_eval(self, work: Callable[..., Result], *arguments: Any) -> Result:
         in_training = to_eval(self._net)
         for module in self._guides:
             in_training += to_eval(module)
         try:
-            of_steps = None if key is None else NoiseKey.wrap(key)
-            return self.solve(net, guide, z, of_steps, cond, weights, rows)
+            return work(*arguments)
         finally:
             to_training(in_training)
 
@@ -194,15 +189,11 @@ class Engine:
         net: Network,
         guide: Network | None,
         z: Tensor,
-        key: NoiseKey | None,
+        key: NoiseKey,
         cond: Any,
         weights: Sequence[Weight] | None,
-        rows: Rows | None = None,
     ) -> Tensor:
-        """Samples from noise z, by `net` and `guide` in place of the networks.
-
-        The key is for steps that add noise, rows are for the `Evaluator`.
-        """
+        """Samples from noise z, by `net` and `guide` in place of the networks."""
         guide, rescale = (None, None) if weights is None else (guide, self._rescale)
         evaluate = Evaluator(
             net,
@@ -213,7 +204,6 @@ class Engine:
             guide=guide,
             input_dtype=self._input_dtype,
             rescale=rescale,
-            rows=rows,
         )
         if self._method == "flow-map":
             return loops.flow_map(evaluate, z, self._levels)
@@ -280,6 +270,11 @@ def batches(n: int, largest: int, *, few_shapes: bool) -> Iterator[tuple[int, in
                 count = size = 1 << (count.bit_length() - 1)
         yield at, at + count, size
         at += count
+
+
+def is_one_batch(n: int, largest: int, *, few_shapes: bool) -> bool:
+    """Whether `batches` makes one of n samples, without padding."""
+    return 0 < n <= largest and (not few_shapes or n == largest or n & (n - 1) == 0)
 
 
 def full_shape(n: int | Sequence[int], shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from fastcm.networks.guidance import check_rescale, guided
 from fastcm.networks.protocol import Network, check_output
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
-from fastcm.sampling.held import Rows, few, held_boundary, held_rows, plain_rows
+from fastcm.sampling.held import Rows, few, held_rows, plain_rows
 from fastcm.sampling.levels import Level
 
 Weight = Union[float, Tensor]
@@ -50,8 +50,7 @@ class Guided(NamedTuple):
         """a x + b (F_u + w (F - F_u)) in one pass, float32 (float64 if x or F is)."""
         rows = self.rows
         if self.F_uncond is None:
-            out = held_boundary(x, self.F, a, b) if rows is held_rows else None
-            return ops.boundary(x, self.F, rows(x, a), rows(x, b)) if out is None else out
+            return ops.boundary(x, self.F, rows(x, a), rows(x, b))
         return ops.euler_step(
             x,
             self.F,
@@ -129,7 +128,6 @@ class Evaluator:
         input_dtype: half precision in which the networks take x; None: that of the arithmetic.
         rescale: share in [0, 1] in which the guided output gets back the standard deviation of the
             conditional one, over each sample; None: 0. See `fastcm.networks.guidance.guided`.
-        rows: what makes the coefficients of samples such as z; None: what suits z.
 
     Raises:
         TypeError: `cond` holds something that is no tensor.
@@ -151,7 +149,6 @@ class Evaluator:
         guide: Network | None = None,
         input_dtype: torch.dtype | None = None,
         rescale: float | None = None,
-        rows: Rows | None = None,
     ) -> None:
         count = z.shape[0]
         if cond is not None:
@@ -166,7 +163,7 @@ class Evaluator:
                 raise ValueError(f"{name} needs guidance, the weight of it, got None")
         if weights is not None and guide is None:
             self._both = _both(cond, null_condition)
-        self.rows = rows or (held_rows if few(z, count) else plain_rows)
+        self.rows = held_rows if few(z, count) else plain_rows
 
     def ahead(self, x: Tensor, to: Level) -> dict[str, Any]:
         """What asks the pass that moves x ``[B, ...]`` to a level for the network's input there.

@@ -1,7 +1,7 @@
 """Coefficients of a sampler's maps, which are one number for all samples, as rows of them.
 
-Of few samples on a CPU they are made once and held from call to call, and so is what the operators
-need to be called with them: there a call is short, and what surrounds it counts.
+Of few samples on a CPU they are made once and held from call to call: there a call is short, and
+what surrounds it counts. See also `fastcm.sampling.few`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastcm import rng
-from fastcm.ops import prepared
 from fastcm.ops.dispatch import Door, door, makes_natively
 from fastcm.ops.reference import compute_dtype
-from fastcm.ops.validation import check_noise
-from fastcm.rng import NoiseKey
 from fastcm.tracing import is_profiled
 
 Rows = Callable[[Tensor, float], Tensor]
@@ -48,58 +44,7 @@ def held_rows(x: Tensor, value: float) -> Tensor:
     return _held(x.shape[0], value, compute_dtype(x))
 
 
-def held_noise(shape: tuple[int, ...], seed: int, first_sample: int) -> Tensor:
-    """What a sampler starts from, `fastcm.ops.noise` of its first stream; for `few_of_cpu`."""
-    return _noise(shape)(seed, first_sample)
-
-
-def held_boundary(x: Tensor, F: Tensor, a: float, b: float) -> Tensor | None:
-    """a x + b F where `held_rows` serves x; None where that takes the operator itself."""
-    if a == 0.0 or b == 0.0:
-        return None
-    return _boundary(x.shape, a, b)(x, F)
-
-
-def held_update(
-    x: Tensor,
-    F: Tensor,
-    coefficients: tuple[float, float, float, float],
-    key: NoiseKey,
-    stream: int,
-    first_sample: int,
-) -> Tensor | None:
-    """`fastcm.ops.sampler_update` with (a, b, alpha, sigma), as `held_boundary`.
-
-    Raises:
-        ValueError, TypeError: a key of another device or kind, first_sample out of range.
-    """
-    check_noise(key, stream, first_sample, x.device)
-    if 0.0 in coefficients:
-        return None
-    return _update(x.shape, coefficients, stream)(x, F, key.tensor, first_sample)
-
-
 @functools.lru_cache(1024)
 def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # else it could not be saved for a backward pass later
         return torch.full((n,), value, dtype=dtype, device="cpu")
-
-
-@functools.lru_cache(256)
-def _noise(shape: tuple[int, ...]) -> Callable[[int, int], Tensor]:
-    return prepared.noise(shape, rng.SAMPLE)
-
-
-@functools.lru_cache(256)
-def _boundary(
-    shape: tuple[int, ...], a: float, b: float
-) -> Callable[[Tensor, Tensor], Tensor | None]:
-    return prepared.boundary(shape, *(_held(shape[0], v, torch.float32) for v in (a, b)))
-
-
-@functools.lru_cache(256)
-def _update(
-    shape: tuple[int, ...], coefficients: tuple[float, float, float, float], stream: int
-) -> Callable[[Tensor, Tensor, Tensor, int], Tensor | None]:
-    a, b, alpha, sigma = (_held(shape[0], v, torch.float32) for v in coefficients)
-    return prepared.sampler_update(shape, a, b, alpha, sigma, stream)

@@ -49,6 +49,14 @@ def levels(p: Parameterization, times: Sequence[float]) -> list[Level]:
     return [Level(*values) for values in zip(*columns)]
 
 
+def fresh_sigma(to: Level, end: Level) -> float:
+    """Of the noise that a multi-step sampler adds to samples of the end's time to be at `to`.
+
+    Source: Song et al. 2023, algorithm 1, sqrt(t^2 - t_min^2).
+    """
+    return math.sqrt(to.sigma**2 - end.sigma**2)
+
+
 def at_data(end: Level) -> Level:
     """The end of the ODE: data, also on a path that leaves t_min > 0 of noise, where t is sigma.
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from fastcm import ops, rng
 from fastcm.rng import NoiseKey
 from fastcm.sampling.guidance import Evaluator
-from fastcm.sampling.held import Rows, held_rows, held_update
-from fastcm.sampling.levels import Level
+from fastcm.sampling.held import Rows
+from fastcm.sampling.levels import Level, fresh_sigma
 from fastcm.sampling.solvers import Solver
 from fastcm.sampling.steps import Step
 
@@ -26,7 +25,7 @@ Constraint = Callable[[Tensor], Tensor]
 def multistep(
     evaluate: Evaluator,
     z: Tensor,
-    key: NoiseKey | None,
+    key: NoiseKey,
     levels: Sequence[Level],
     *,
     first_sample: int = 0,
@@ -39,15 +38,7 @@ def multistep(
     x, inputs = _first_state(z, steps[0], rows, start), None  # the network's, where it is not x
     for j, (at, to) in enumerate(pairwise(steps)):
         out, ahead = evaluate(x, at, j, inputs=inputs), evaluate.ahead(x, to)
-        assert key is not None
-        sigma_to, stream = math.sqrt(to.sigma**2 - end.sigma**2), rng.SAMPLE + j + 1
-        if rows is held_rows and constraint is None and out.F_uncond is None and not ahead:
-            numbers = (at.a, at.b, to.alpha, sigma_to)
-            moved = held_update(x, out.F, numbers, key, stream, first_sample)
-            if moved is not None:
-                x, inputs = moved, None
-                continue
-        alpha, sigma = rows(x, to.alpha), rows(x, sigma_to)
+        alpha, sigma, stream = rows(x, to.alpha), rows(x, fresh_sigma(to, end)), rng.SAMPLE + j + 1
         if constraint is None:
             made = ops.sampler_update(
                 x,

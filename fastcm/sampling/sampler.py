@@ -25,6 +25,7 @@ from fastcm.sampling.engine import (
     Method,
     batches,
     full_shape,
+    is_one_batch,
     of_samples,
     padded,
 )
@@ -244,11 +245,12 @@ class Sampler:
         """Samples of a shape that can be asked for; without gradient."""
         n = shape[0]
         weights = None if guidance is None else self._weights(guidance, n)
-        if 0 < n <= self.batch_size and not self.engine.has_few_shapes:
+        few_shapes = self.engine.has_few_shapes
+        if self.engine.launches and is_one_batch(n, self.batch_size, few_shapes=few_shapes):
             rows = None if cond is None else self._here(cond)
             return self.engine.run(shape, seed, first_sample, rows, weights)
         out = torch.empty(shape, dtype=torch.float32, device=self.device)
-        for start, end, size in batches(n, self.batch_size, few_shapes=self.engine.has_few_shapes):
+        for start, end, size in batches(n, self.batch_size, few_shapes=few_shapes):
             rows = rows_of(cond, slice(start, end))
             rows = None if rows is None else padded(self._here(rows), size)
             some = None if weights is None else of_samples(weights, start, end, size)

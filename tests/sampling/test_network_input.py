@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from fastcm import sampling
 from fastcm.paths import Linear, Path, TrigFlow, VarianceExploding
 from fastcm.rng import NoiseKey
-from fastcm.sampling import Sampler, guidance
+from fastcm.sampling import Sampler, guidance, held
+
+MANY = held.SMALL + 1
+"""Samples that `fastcm.sampling.few` leaves to the loops."""
 
 PATHS = [Linear(), TrigFlow(sigma_data=0.5), VarianceExploding()]
 
@@ -42,13 +45,13 @@ def test_it_has_the_bits_of_a_pass_of_its_own(
     elif guided == "null":
         options["null_condition"] = 0.0
     sampler = Sampler(net, path, steps=3, shape=(6,), precision=precision, **options)
-    call = {} if guided is None else {"cond": torch.randn(5), "guidance": 1.5}
-    found = sampler(5, **call)
+    call = {} if guided is None else {"cond": torch.randn(MANY), "guidance": 1.5}
+    found = sampler(MANY, **call)
     dtypes = {x.dtype for x in net.inputs}
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
     given, net.inputs = net.inputs, []
     monkeypatch.setattr(guidance.Evaluator, "ahead", lambda *_: {})
-    assert torch.equal(sampler(5, **call), found)
+    assert torch.equal(sampler(MANY, **call), found)
     assert len(given) == 3 and all(map(torch.equal, given, net.inputs))
 
 
@@ -67,11 +70,11 @@ def test_only_the_first_input_is_made_in_a_pass_of_its_own(
     lift = guidance.lift
     monkeypatch.setattr(guidance, "lift", lambda c, x: scaled.append(c) or lift(c, x))
     net = Seen()
-    Sampler(net, path, steps=4, shape=(6,), precision=dtype or "fp32")(2)
+    Sampler(net, path, steps=4, shape=(6,), precision=dtype or "fp32")(MANY)
     assert len(asked) == 3 and all(asked)
     assert len(scaled) == (path != Linear())
     asked.clear()
-    Sampler(net, Linear(), steps=4, shape=(6,))(2)
+    Sampler(net, Linear(), steps=4, shape=(6,))(MANY)
     assert asked == [{}] * 3  # the state itself is the input
 
 
