@@ -19,7 +19,7 @@ from fastcm.parameterization import Parameterization
 from fastcm.precision import Autocast, Precision, half_of
 from fastcm.rng import NoiseKey
 from fastcm.sampling import loops
-from fastcm.sampling.few import FewSamples
+from fastcm.sampling.few import FewSamples, moves_of
 from fastcm.sampling.functions import SOLVERS, SolverName
 from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 from fastcm.sampling.guidance import Evaluator, Weight
@@ -80,8 +80,9 @@ class Engine:
         }
         self._input_dtype = halves.pop() if len(halves) == 1 else None
         self._few: Callable[[tuple[int, ...]], FewSamples] | None = None
-        if device.type == "cpu" and method != "ode":
-            self._few = lru_cache(256)(partial(FewSamples, method, self._levels))
+        moves = moves_of(method, self._levels, self._steps, solver)
+        if moves is not None and device.type == "cpu":
+            self._few = lru_cache(256)(partial(FewSamples, moves))
         self._cache: GraphCache | None = None
         possible = graphs.available(device)
         if graph == "on" and not possible:

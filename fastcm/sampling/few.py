@@ -7,8 +7,7 @@ line of Python costs as much as hundreds of elements. The samples have the bits 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -20,34 +19,70 @@ from fastcm.networks.protocol import Network, check_output
 from fastcm.ops import prepared
 from fastcm.ops.reference import lift
 from fastcm.sampling.levels import Level, fresh_sigma
+from fastcm.sampling.solvers import ddim_map, euler_map
+from fastcm.sampling.steps import Step
+
+MAPS: dict[str, Callable[[Step], tuple[float, float]]] = {"euler": euler_map, "ddim": ddim_map}
+"""Solvers whose step is one map of (x, F)."""
+
+
+class Fresh(NamedTuple):
+    """Noise that is added: alpha x + sigma z, of which the network then reads c_in times."""
+
+    alpha: float
+    sigma: float
+    stream: int
+    c_in: float | None
 
 
 class Move(NamedTuple):
-    """One evaluation, and what makes the next state of it."""
+    """An evaluation without guidance, and the next state a x + b F of it."""
 
-    t: Tensor
-    s: Tensor | None
-    c_in: Tensor | None
-    step: prepared.Step
+    at: Level
+    a: float
+    b: float
+    c_noise_to: float | None = None
+    """What a network of two times is told of the other one."""
+    fresh: Fresh | None = None
+
+
+def moves_of(
+    method: Literal["multistep", "ode", "flow-map"],
+    levels: Sequence[Level],
+    steps: Sequence[Step],
+    solver: str,
+) -> list[Move] | None:
+    """What the method's loop in `fastcm.sampling.loops` does without guidance; None if it is more.
+
+    Args:
+        levels: of the evaluations, and then the end.
+        steps, solver: of the ODE.
+    """
+    if method == "ode":
+        if solver not in MAPS or any(step.noise for step in steps):
+            return None
+        return [Move(step.at, *MAPS[solver](step)) for step in steps]
+    if method == "flow-map":
+        return [Move(at, 1.0, to.t - at.t, to.c_noise) for at, to in pairwise(levels)]
+    *evaluations, end = levels
+    moves = [Move(at, at.a, at.b) for at in evaluations]
+    for j, to in enumerate(evaluations[1:]):
+        fresh = Fresh(to.alpha, fresh_sigma(to, end), rng.SAMPLE + j + 1, to.c_in)
+        moves[j] = moves[j]._replace(fresh=fresh)
+    return moves
 
 
 class FewSamples:
-    """Samples of one shape, without guidance.
+    """Samples of one shape.
 
     Args:
-        method: of the `Sampler`.
-        levels: of the evaluations, and then the end.
+        moves: from noise to samples.
         shape: ``[B, ...]``.
     """
 
-    def __init__(
-        self,
-        method: Literal["multistep", "flow-map"],
-        levels: Sequence[Level],
-        shape: tuple[int, ...],
-    ) -> None:
-        self._noise, self._sigma = prepared.noise(shape, rng.SAMPLE), levels[0].sigma
-        self._moves = (_means if method == "flow-map" else _steps)(levels, shape)
+    def __init__(self, moves: Sequence[Move], shape: tuple[int, ...]) -> None:
+        self._noise, self._sigma = prepared.noise(shape, rng.SAMPLE), moves[0].at.sigma
+        self._moves = [_prepared(move, shape) for move in moves]
 
     def __call__(self, net: Network, seed: int, first_sample: int, cond: Any) -> Tensor | None:
         """Samples ``[B, ...]`` float32, under no_grad; None if native code cannot read the output.
@@ -75,33 +110,21 @@ class FewSamples:
         return x
 
 
-def _steps(levels: Sequence[Level], shape: tuple[int, ...]) -> list[Move]:
-    """As `fastcm.sampling.loops.multistep`."""
-    *steps, end = levels
-    rows, moves = partial(_rows, shape), []
-    for j, (at, to) in enumerate(pairwise(steps)):
-        a, b, alpha, sigma = map(rows, (at.a, at.b, to.alpha, fresh_sigma(to, end)))
-        scale, stream = _c_in(to, shape), rng.SAMPLE + j + 1
-        step = prepared.sampler_update(shape, a, b, alpha, sigma, stream, input_scale=scale)
-        moves.append(Move(rows(at.c_noise), None, _c_in(at, shape), step))
-    last = steps[-1]
-    return [*moves, _mapped(shape, last, None, last.a, last.b)]
+def _prepared(
+    move: Move, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, prepared.Step]:
+    """The network's times and what its input is multiplied by, ``[B]``, and the map."""
 
+    def rows(value: float) -> Tensor:
+        return torch.full(shape[:1], value, dtype=torch.float32, device="cpu")
 
-def _means(levels: Sequence[Level], shape: tuple[int, ...]) -> list[Move]:
-    """As `fastcm.sampling.loops.flow_map`."""
-    return [_mapped(shape, at, to, 1.0, to.t - at.t) for at, to in pairwise(levels)]
+    def optional(value: float | None) -> Tensor | None:
+        return None if value is None else rows(value)
 
-
-def _mapped(shape: tuple[int, ...], at: Level, to: Level | None, a: float, b: float) -> Move:
-    s = None if to is None else _rows(shape, to.c_noise)
-    step = prepared.boundary(shape, _rows(shape, a), _rows(shape, b))
-    return Move(_rows(shape, at.c_noise), s, _c_in(at, shape), step)
-
-
-def _c_in(at: Level, shape: tuple[int, ...]) -> Tensor | None:
-    return None if at.c_in is None else _rows(shape, at.c_in)
-
-
-def _rows(shape: tuple[int, ...], value: float) -> Tensor:
-    return torch.full(shape[:1], value, dtype=torch.float32, device="cpu")
+    a, b, fresh = rows(move.a), rows(move.b), move.fresh
+    if fresh is None:
+        step = prepared.boundary(shape, a, b)
+    else:
+        alpha, sigma, scale = rows(fresh.alpha), rows(fresh.sigma), optional(fresh.c_in)
+        step = prepared.sampler_update(shape, a, b, alpha, sigma, fresh.stream, input_scale=scale)
+    return rows(move.at.c_noise), optional(move.c_noise_to), optional(move.at.c_in), step

@@ -24,7 +24,7 @@ from fastcm.networks.guidance import check_rescale, guided
 from fastcm.networks.protocol import Network, check_output
 from fastcm.ops.reference import compute_dtype, lift
 from fastcm.parameterization import Parameterization
-from fastcm.sampling.held import Rows, few, held_rows, plain_rows
+from fastcm.sampling.held import Rows, few, held_boundary, held_rows, plain_rows
 from fastcm.sampling.levels import Level
 
 Weight = Union[float, Tensor]
@@ -50,7 +50,8 @@ class Guided(NamedTuple):
         """a x + b (F_u + w (F - F_u)) in one pass, float32 (float64 if x or F is)."""
         rows = self.rows
         if self.F_uncond is None:
-            return ops.boundary(x, self.F, rows(x, a), rows(x, b))
+            out = held_boundary(x, self.F, a, b) if rows is held_rows else None
+            return ops.boundary(x, self.F, rows(x, a), rows(x, b)) if out is None else out
         return ops.euler_step(
             x,
             self.F,

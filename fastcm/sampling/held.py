@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastcm.ops import prepared
 from fastcm.ops.dispatch import Door, door, makes_natively
 from fastcm.ops.reference import compute_dtype
 from fastcm.tracing import is_profiled
@@ -44,7 +45,21 @@ def held_rows(x: Tensor, value: float) -> Tensor:
     return _held(x.shape[0], value, compute_dtype(x))
 
 
+def held_boundary(x: Tensor, F: Tensor, a: float, b: float) -> Tensor | None:
+    """a x + b F where `held_rows` serves x; None where that takes the operator itself."""
+    plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_contiguous()
+    if not plain or a == 0.0 or b == 0.0 or torch.is_grad_enabled():
+        return None
+    moved = _boundary(x.shape, a, b)(x, F, 0, 0)
+    return None if moved is None else moved[0]
+
+
 @functools.lru_cache(1024)
 def _held(n: int, value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # else it could not be saved for a backward pass later
         return torch.full((n,), value, dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(256)
+def _boundary(shape: tuple[int, ...], a: float, b: float) -> prepared.Step:
+    return prepared.boundary(shape, *(_held(shape[0], v, torch.float32) for v in (a, b)))

@@ -44,9 +44,13 @@ def euler(evaluate: Evaluator, x: Tensor, step: Step) -> Tensor:
 
     Source: seed eq. 8; on `Linear` and `VarianceExploding` the same as `ddim`.
     """
-    at = step.at
-    dt = at.t - step.to.t
-    return evaluate(x, at, step.i).map(x, 1.0 - dt * at.c, -dt * at.d)
+    return evaluate(x, step.at, step.i).map(x, *euler_map(step))
+
+
+def euler_map(step: Step) -> tuple[float, float]:
+    """(a, b) of its a x + b F."""
+    at, dt = step.at, step.at.t - step.to.t
+    return 1.0 - dt * at.c, -dt * at.d
 
 
 def ddim(evaluate: Evaluator, x: Tensor, step: Step) -> Tensor:
@@ -56,9 +60,13 @@ def ddim(evaluate: Evaluator, x: Tensor, step: Step) -> Tensor:
     the root of t, far better than Euler in t. Source: Song et al. 2020, "Denoising diffusion
     implicit models", eq. 12 with no noise.
     """
-    at = step.at
-    keep, gain = _exponential(at, step.to)
-    return evaluate(x, at, step.i).map(x, keep + gain * at.a, gain * at.b)
+    return evaluate(x, step.at, step.i).map(x, *ddim_map(step))
+
+
+def ddim_map(step: Step) -> tuple[float, float]:
+    """(a, b) of its a x + b F."""
+    keep, gain = _exponential(step.at, step.to)
+    return keep + gain * step.at.a, gain * step.at.b
 
 
 def heun(evaluate: Evaluator, x: Tensor, step: Step) -> Tensor:
@@ -118,20 +126,21 @@ def dpmpp_2m(evaluate: Evaluator, x: Tensor, steps: Sequence[Step], renoise: Ren
     """
     h = [step.to.log_snr - step.at.log_snr for step in steps]
     before: Tensor | None = None
-    for i, (_, at, to, _, noise) in enumerate(steps):
-        assert noise is None
+    for i, step in enumerate(steps):
+        assert step.noise is None
+        at, to = step.at, step.to
         out = evaluate(x, at, i)
-        keep, gain = _exponential(at, to)
         wanted = i + 1 < len(h) and 0.0 < h[i + 1] / h[i] < math.inf
         second = i > 0 and 0.0 < h[i] / h[i - 1] < math.inf
         D = out.map(x, at.a, at.b) if wanted or second else None
         if second:
             assert D is not None and before is not None
+            keep, gain = _exponential(at, to)
             e = 0.5 * h[i] / h[i - 1]
             terms = (keep, x), (gain * (1.0 + e), D), (-gain * e, before)
             x = combine(*terms, rows=evaluate.rows)
         else:
-            x = out.map(x, keep + gain * at.a, gain * at.b)
+            x = out.map(x, *ddim_map(step))
         before = D
     return x
 
