@@ -152,6 +152,23 @@ def test_what_native_code_cannot_read_is_left_to_the_operators() -> None:
     assert all(step(x, x, 0, 0) is not None for step in steps)
 
 
+def test_a_held_boundary_map_leaves_to_the_operator_what_it_alone_can_do() -> None:
+    x, F = torch.randn(2, 6), torch.randn(2, 6)
+    assert held.held_boundary(x, F, 1.0, -1.0) is None  # gradients may be asked for
+    with torch.no_grad():
+        found = held.held_boundary(x, F, 1.0, -1.0)
+        assert found is not None and torch.equal(found, x - F)
+        for left in (
+            (x, F, 0.0, 1.0),  # equal to -0.0, of which another was made
+            (x, F, 1.0, -0.0),
+            (x.double(), F, 1.0, -1.0),
+            (x.as_subclass(Sub), F, 1.0, -1.0),
+            (x.t().contiguous().t(), F, 1.0, -1.0),
+            (x, F.double(), 1.0, -1.0),
+        ):
+            assert held.held_boundary(*left) is None
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_another_output_is_sampled_by_the_operators(steps: int) -> None:
     """One evaluation is in vain, once: what a network returns is not known before."""
