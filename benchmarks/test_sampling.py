@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcm
-from benchmarks.harness import ATOL, Report, captured, interleaved, ratios
+from benchmarks.harness import ATOL, QUICK, Report, captured, interleaved, ratios
 from benchmarks.step_cases import CUDA, DEVICE, SUBJECTS, synchronize
 from fastcm import rng
 from fastcm.ops import reference
@@ -27,8 +27,9 @@ from fastcm.ops import reference
 LATENCY, THROUGHPUT = (1, 8, 64), 512
 SETTINGS = [(steps, batch) for steps in (1, 4) for batch in LATENCY] + [(1, THROUGHPUT)]
 ROUNDS = 61
-SECONDS = 0.03
-"""Of a block: as many calls of one column as fit. A round is over before the machine is another."""
+SECONDS = 0.2 if QUICK else 0.03
+"""Of a block: as many calls of one column as fit. A round is over before the machine is another;
+a quick look has few rounds, and longer ones."""
 PATIENCE = 5.0
 """Seconds for the rounds of one column, of which there are three at least."""
 

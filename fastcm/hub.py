@@ -27,7 +27,7 @@ from fastcm.runs import checkpoint, frozen, nested
 from fastcm.runs.description import parameterization_from
 from fastcm.runs.files import CheckpointError, read_state, replace_file, write_tensors
 from fastcm.sampling import Sampler, append_weight
-from fastcm.sampling.engine import Method
+from fastcm.sampling.loops import Method
 
 WEIGHTS, CONFIG, CARD, PICTURE = "model.safetensors", "config.json", "README.md", "samples.png"
 NULL = "null_condition.safetensors"

@@ -22,7 +22,7 @@ from fastcm.runs.checkpoint import RUN_STATE, load_newest
 from fastcm.runs.description import differences
 from fastcm.runs.lock import RunLock
 from fastcm.sampling import Sampler, append_weight
-from fastcm.sampling.engine import Method
+from fastcm.sampling.loops import Method
 
 RUN_FILE = "run.json"
 

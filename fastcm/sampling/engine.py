@@ -25,10 +25,10 @@ from fastcm.sampling.graph_cache import CALLS_TO_DECIDE, GraphCache
 from fastcm.sampling.guidance import Evaluator, Weight
 from fastcm.sampling.held import few_of_cpu
 from fastcm.sampling.levels import levels
+from fastcm.sampling.loops import Method
 from fastcm.sampling.steps import Churn, ode_steps
 
 Graph = Literal["auto", "on", "off"]
-Method = Literal["multistep", "ode", "flow-map"]
 Result = TypeVar("Result")
 
 WHOLE = 8

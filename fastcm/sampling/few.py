@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastcm.networks.protocol import Network, check_output
 from fastcm.ops import prepared
 from fastcm.ops.reference import lift
 from fastcm.sampling.levels import Level, fresh_sigma
+from fastcm.sampling.loops import Method
 from fastcm.sampling.solvers import ddim_map, euler_map
 from fastcm.sampling.steps import Step
 
@@ -47,7 +48,7 @@ class Move(NamedTuple):
 
 
 def moves_of(
-    method: Literal["multistep", "ode", "flow-map"],
+    method: Method,
     levels: Sequence[Level],
     steps: Sequence[Step],
     solver: str,

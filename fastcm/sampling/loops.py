@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from fastcm.sampling.held import Rows
 from fastcm.sampling.levels import Level, fresh_sigma
 from fastcm.sampling.solvers import Solver
 from fastcm.sampling.steps import Step
+
+Method = Literal["multistep", "ode", "flow-map"]
 
 Constraint = Callable[[Tensor], Tensor]
 """``constraint(x0) -> x0``: the nearest samples ``[B, ...]`` that meet a condition."""

@@ -22,7 +22,6 @@ from fastcm.runs.description import parameterization_from
 from fastcm.sampling.engine import (
     Engine,
     Graph,
-    Method,
     batches,
     full_shape,
     is_one_batch,
@@ -37,6 +36,7 @@ from fastcm.sampling.functions import (
 )
 from fastcm.sampling.guidance import Guidance, Weight, check_labels, guidance_weights
 from fastcm.sampling.loading import network_of_run
+from fastcm.sampling.loops import Method
 from fastcm.sampling.steps import Churn
 from fastcm.schedules import Grid, UniformGrid, sampling_times
 

@@ -189,7 +189,7 @@ def test_another_output_is_sampled_by_the_operators(steps: int) -> None:
     assert torch.equal(found[0], wanted) and torch.equal(found[2], wanted)
 
 
-def test_a_wrong_key_is_named_by_a_call_that_holds_its_operators() -> None:
+def test_a_wrong_key_of_few_samples_is_named() -> None:
     z, options = torch.randn(2, 3), {"times": [1.0, 0.5]}
     for key, first, message in (
         (NoiseKey(0), -1, "first_sample must be in"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastcm
 from fastcm import Sampler
 from fastcm.networks import MLP
-from fastcm.sampling.engine import batches
+from fastcm.sampling.engine import batches, is_one_batch
 from fastcm.sampling.graph_cache import CALLS_TO_DECIDE
 
 
@@ -120,6 +120,7 @@ def test_batches_cover_all_samples_in_few_shapes(n: int, largest: int, few_shape
     cuts = list(batches(n, largest, few_shapes=few_shapes))
     assert [start for start, _, _ in cuts] == [0, *(end for _, end, _ in cuts)][: len(cuts)]
     assert (cuts[-1][1] if cuts else 0) == n
+    assert is_one_batch(n, largest, few_shapes=few_shapes) == (cuts == [(0, n, n)])
     for start, end, size in cuts:
         assert 0 < end - start <= size <= largest
         if few_shapes:
